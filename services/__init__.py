@@ -1,0 +1,1 @@
+"""The three Tercet services and the code they share."""

@@ -1,0 +1,210 @@
+"""
+The shape of every service: `create_service_app` joins settings, resources, routes, middleware and health; `serve` runs it.
+
+A service's `build(settings, metrics)` is an async context manager that yields its frozen Resources; the lifespan enters
+it, so tests pass another `build` instead of patching. Requests are refused with 503 until it has been entered.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+import structlog
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import ORJSONResponse, PlainTextResponse
+from starlette.middleware import Middleware
+
+from services.common import deadline as deadlines
+from services.common.deadline import Deadline
+from services.common.errors import NotReady
+from services.common.http_errors import JsonRoute, install_error_handlers
+from services.common.logs import configure_logs
+from services.common.metrics import Metrics
+from services.common.middleware.body_limit import BodyLimitMiddleware
+from services.common.middleware.disconnect import DisconnectMiddleware
+from services.common.middleware.request_context import RequestContextMiddleware
+from services.common.settings import ServiceSettings, SettingsError, read_settings
+from services.common.wire.errors import ErrorEnvelope
+
+log = structlog.get_logger(__name__)
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+class Resources(Protocol):
+    """What a service's routes work with; it knows whether it is able to."""
+
+    def problems(self) -> Sequence[str]:
+        """Return what keeps this process from working (a dead worker, say): livez and readyz fail while there is any."""
+        ...
+
+
+class Service:
+    """The running state of one app: its settings, metrics, and its resources once they are built."""
+
+    def __init__(self, name: str, settings: ServiceSettings, metrics: Metrics) -> None:
+        self.name = name
+        self.settings = settings
+        self.metrics = metrics
+        self.resources: Resources | None = None
+        self.draining = False
+
+    def not_ready_because(self) -> list[str]:
+        """Return why requests should go elsewhere; empty when they need not."""
+        if self.draining:
+            return ["draining"]
+        if self.resources is None:
+            return ["starting"]
+        return list(self.resources.problems())
+
+
+def create_service_app(
+    name: str,
+    settings: S,
+    build: Callable[[S, Metrics], AbstractAsyncContextManager[Resources]],
+    routers: Sequence[APIRouter],
+    *,
+    description: str,
+) -> FastAPI:
+    """Return the ASGI app of service *name*; nothing is loaded before its lifespan starts."""
+    metrics = Metrics(name)
+    service = Service(name, settings, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with build(settings, metrics) as resources:
+            service.resources = resources
+            log.info("ready")
+            try:
+                yield
+            finally:
+                service.draining = True
+
+    app = FastAPI(
+        title=f"Tercet {name}",
+        description=description,
+        lifespan=lifespan,
+        responses={"4XX": {"model": ErrorEnvelope}, "5XX": {"model": ErrorEnvelope}},
+        middleware=[
+            Middleware(RequestContextMiddleware, metrics=metrics),
+            Middleware(DisconnectMiddleware),
+            Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes),
+        ],
+    )
+    app.state.service = service
+    install_error_handlers(app)
+    app.include_router(_health_router())
+    for router in routers:
+        app.include_router(router)
+    return app
+
+
+def service_of(request: Request) -> Service:
+    """Return the service that *request* came to."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+def resources_of(request: Request) -> Any:
+    """Return the service's resources. Raises NotReady before they are built."""
+    service = service_of(request)
+    if service.resources is None:
+        raise NotReady(f"The {service.name} service is still starting")
+    return service.resources
+
+
+def deadline_of(request: Request) -> Deadline:
+    """Return the deadline that the caller sent, or the longest allowed. Raises Malformed for one that is no number."""
+    cap_s = service_of(request).settings.max_timeout_s
+    value = request.headers.get(deadlines.HEADER)
+    return Deadline.from_header(value, cap_s=cap_s) if value is not None else Deadline.after(cap_s)
+
+
+def _health_router() -> APIRouter:
+    router = APIRouter(route_class=JsonRoute, tags=["health"])
+
+    @router.get("/livez", summary="Is this process, with its workers, worth keeping?")
+    async def livez(request: Request) -> Response:
+        service = service_of(request)
+        problems = list(service.resources.problems()) if service.resources else []
+        return ORJSONResponse(
+            {"status": "failed" if problems else "ok", "problems": problems}, 503 if problems else 200
+        )
+
+    @router.get("/readyz", summary="Should requests be sent here? Never depends on other services.")
+    async def readyz(request: Request) -> Response:
+        reasons = service_of(request).not_ready_because()
+        return ORJSONResponse(
+            {"status": "not ready" if reasons else "ok", "problems": reasons}, 503 if reasons else 200
+        )
+
+    @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
+    async def metrics(request: Request) -> Response:
+        return Response(service_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server that turns readiness off as soon as it is told to stop, and can say which port it got."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Start draining: not ready, finish what is under way, exit 0."""
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Bind, then write the port file."""
+        await super().startup(sockets)
+        port_file = self._service.settings.port_file
+        if port_file is not None and self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            temporary = port_file.with_suffix(".tmp")
+            temporary.write_text(str(port))
+            temporary.replace(port_file)
+
+
+def serve(app: FastAPI) -> int:
+    """Serve *app* until SIGTERM or SIGINT and return the exit status: 0 after a clean stop."""
+    service: Service = app.state.service
+    settings = service.settings
+    config = uvicorn.Config(
+        app,
+        host=settings.listen_host,
+        port=settings.listen_port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
+        timeout_keep_alive=75,
+        lifespan="on",
+    )
+    server = _Server(config, service)
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(server.serve())
+    return 0 if server.started else 1
+
+
+def run_service(name: str, settings_class: type[S], create_app: Callable[[S], FastAPI]) -> None:
+    """The body of every service's `__main__`: read settings, log, serve, exit."""
+    try:
+        settings = read_settings(settings_class, os.environ)
+    except SettingsError as error:
+        sys.stderr.write(f"{name}: the settings are wrong\n{error}\n")
+        raise SystemExit(2) from None
+    configure_logs(name, level=settings.log_level, log_format=settings.log_format)
+    # uvicorn re-raises the signal that stopped it once it is done; a clean stop has exit status 0 all the same.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    raise SystemExit(serve(create_app(settings)))

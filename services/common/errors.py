@@ -1,0 +1,136 @@
+"""
+The one error tree. It knows no HTTP: services/common/http_errors.py maps each class to a status.
+
+    TercetError
+    ├── Malformed              the request cannot be read at all
+    ├── InvalidInput           it can be read and a field is wrong
+    ├── TooLarge               a body, batch or text is over a limit
+    ├── NotFound               a collection, document, model or route does not exist
+    ├── NotAllowed             the route exists and does not take this method
+    ├── Conflict               the state of the thing forbids the operation
+    ├── Overloaded             a queue is full; try again
+    ├── Unavailable            something needed is not there now
+    │   ├── DependencyUnavailable   another service, or Redis
+    │   └── NotReady                this service is starting or draining
+    ├── DeadlineExceeded       nobody waits for the answer any more
+    ├── ClientGone             the caller disconnected
+    └── Internal               our fault
+        └── BackendFailed      a model or an index raised
+"""
+
+from typing import ClassVar
+
+
+class TercetError(Exception):
+    """
+    Base of all errors that a caller may see.
+
+    *message* says what is wrong and how to mend it; *param* names the field at fault;
+    *retry_after_s* is when a retry may help. *code* is a stable word for programs.
+    """
+
+    code: ClassVar[str] = "error"
+    type: ClassVar[str] = "server_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class Malformed(TercetError):
+    """The request cannot be read: broken JSON, invalid UTF-8, a header that is no number."""
+
+    code = "malformed_request"
+    type = "invalid_request_error"
+
+
+class InvalidInput(TercetError):
+    """A field is missing, unknown, of the wrong type or out of its range."""
+
+    code = "invalid_input"
+    type = "invalid_request_error"
+
+
+class TooLarge(TercetError):
+    """The body, the batch or a text is over its limit."""
+
+    code = "too_large"
+    type = "invalid_request_error"
+
+
+class NotFound(TercetError):
+    """There is no such collection, document, model or route."""
+
+    code = "not_found"
+    type = "invalid_request_error"
+
+
+class NotAllowed(TercetError):
+    """The route does not take this method."""
+
+    code = "method_not_allowed"
+    type = "invalid_request_error"
+
+
+class Conflict(TercetError):
+    """The state of the thing forbids the operation: the name is taken, the fingerprint differs."""
+
+    code = "conflict"
+    type = "invalid_request_error"
+
+
+class Overloaded(TercetError):
+    """A queue is full. Nothing was done; the same request may succeed later."""
+
+    code = "overloaded"
+    type = "rate_limit_error"
+    retryable = True
+
+
+class Unavailable(TercetError):
+    """Something that the request needs is not there now."""
+
+    code = "unavailable"
+    retryable = True
+
+
+class DependencyUnavailable(Unavailable):
+    """Another service or Redis does not answer, or its breaker is open."""
+
+    code = "dependency_unavailable"
+
+
+class NotReady(Unavailable):
+    """This service is starting, draining, or its worker is dead."""
+
+    code = "not_ready"
+
+
+class DeadlineExceeded(TercetError):
+    """The time the caller allowed ran out before the work was done."""
+
+    code = "deadline_exceeded"
+    type = "timeout_error"
+    retryable = True
+
+
+class ClientGone(TercetError):
+    """The caller disconnected; what was queued for it is dropped."""
+
+    code = "client_closed_request"
+    type = "invalid_request_error"
+
+
+class Internal(TercetError):
+    """Our fault; the log has the details under the request id."""
+
+    code = "internal_error"
+
+
+class BackendFailed(Internal):
+    """A model or an index raised while it worked on this request."""
+
+    code = "backend_failed"

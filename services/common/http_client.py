@@ -1,0 +1,144 @@
+"""
+Calls to another Tercet service: pooled connections, a breaker, the caller's deadline and request id, bounded retries.
+
+Only idempotent calls are retried, once by default, and never past the deadline.
+"""
+
+import asyncio
+import random
+from typing import TypeVar
+
+import httpx2
+import orjson
+import structlog
+from pydantic import BaseModel, ValidationError
+
+from services.common import deadline as deadlines
+from services.common import errors
+from services.common.breaker import Breaker, NotAFailure
+from services.common.deadline import Deadline
+from services.common.wire.errors import ErrorEnvelope
+
+Reply = TypeVar("Reply", bound=BaseModel)
+
+RETRY_PAUSE_S = 0.05
+CONNECT_TIMEOUT_S = 1.0
+MAX_REPLY_BYTES = 64 * 1024 * 1024
+_CALLERS_FAULT: dict[int, type[errors.TercetError]] = {
+    400: errors.InvalidInput,
+    404: errors.NotFound,
+    409: errors.Conflict,
+    413: errors.TooLarge,
+    422: errors.InvalidInput,
+    429: errors.Overloaded,
+}
+
+
+class _PeerRefused(NotAFailure):
+    """The peer is well and says that the request is at fault, or that its queue is full."""
+
+    def __init__(self, error: errors.TercetError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class ServiceClient:
+    """One peer service at *base_url*. Close it with `aclose`."""
+
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        breaker: Breaker,
+        *,
+        max_connections: int = 64,
+        retries: int = 1,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.name = name
+        self.breaker = breaker
+        self._retries = retries
+        self._http = httpx2.AsyncClient(
+            base_url=base_url,
+            transport=transport,
+            trust_env=False,
+            limits=httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+        )
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        reply: type[Reply],
+        *,
+        body: BaseModel | None = None,
+        deadline: Deadline,
+        idempotent: bool = True,
+    ) -> Reply:
+        """
+        Send *body* as JSON and return the parsed answer.
+
+        Raises:
+            DependencyUnavailable: The peer cannot be reached, fails, or its breaker is open.
+            DeadlineExceeded: No answer came in time.
+            InvalidInput, NotFound, Conflict, TooLarge, Overloaded: The peer's own verdict on the request.
+        """
+        content = orjson.dumps(body.model_dump(exclude_none=True)) if body is not None else None
+        for attempt in range(1 + (self._retries if idempotent else 0)):
+            deadline.check(f"a call to {self.name}")
+            try:
+                async with self.breaker.guard():
+                    return await self._once(method, path, reply, content, deadline)
+            except _PeerRefused as refused:
+                raise refused.error from None
+            except errors.DependencyUnavailable:
+                pause = RETRY_PAUSE_S * (1 + random.random())
+                last = attempt == (self._retries if idempotent else 0)
+                if last or self.breaker.would_refuse() or deadline.remaining_s() < 2 * pause:
+                    raise
+                await asyncio.sleep(pause)
+        raise AssertionError("unreachable: the loop returns or raises")
+
+    async def _once(
+        self, method: str, path: str, reply: type[Reply], content: bytes | None, deadline: Deadline
+    ) -> Reply:
+        headers = {"content-type": "application/json"}
+        remaining_s: float | None = None
+        if deadline.at != float("inf"):
+            remaining_s = max(0.001, deadline.remaining_s())
+            headers[deadlines.HEADER] = deadline.to_header()
+        request_id = structlog.contextvars.get_contextvars().get("request_id")
+        if request_id:
+            headers["x-request-id"] = str(request_id)
+        timeout = httpx2.Timeout(remaining_s, connect=min(remaining_s or CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S))
+        try:
+            # httpx's time-outs are per socket operation; a peer that drips bytes is ended by the outer one.
+            async with asyncio.timeout(remaining_s):
+                response = await self._http.request(method, path, content=content, headers=headers, timeout=timeout)
+        except (TimeoutError, httpx2.ReadTimeout, httpx2.WriteTimeout):
+            raise errors.DeadlineExceeded(f"{self.name} did not answer in time") from None
+        except httpx2.HTTPError as error:
+            raise errors.DependencyUnavailable(f"{self.name} cannot be reached: {type(error).__name__}") from None
+        if response.is_success:
+            try:
+                return reply.model_validate(orjson.loads(response.content))
+            except (orjson.JSONDecodeError, ValidationError):
+                raise errors.DependencyUnavailable(f"{self.name} sent an answer that cannot be read") from None
+        raise self._verdict(response)
+
+    def _verdict(self, response: httpx2.Response) -> Exception:
+        try:
+            body = ErrorEnvelope.model_validate_json(response.content).error
+            message, param = body.message, body.param
+        except ValidationError:
+            message, param = f"HTTP {response.status_code}", None
+        if response.status_code == 504:
+            return errors.DeadlineExceeded(f"{self.name}: {message}")
+        kind = _CALLERS_FAULT.get(response.status_code)
+        if kind is None:
+            return errors.DependencyUnavailable(f"{self.name}: {message}")
+        return _PeerRefused(kind(f"{self.name}: {message}", param=param))
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()

@@ -1,0 +1,83 @@
+"""
+Prometheus metrics: a registry per application, so that tests build many apps in one process.
+
+Every series that can be known in advance exists from the start with value 0: an empty `/metrics` breaks alerts.
+"""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+# Bounds include the usual objectives (10, 50, 100, 250, 500 ms, 1 s), so that "share under the objective" is exact.
+LATENCY_BUCKETS_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.02,
+    0.035,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+)
+
+
+class Metrics:
+    """The metrics that every service has; a service adds its own to `registry`."""
+
+    def __init__(self, service: str) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter(
+            "tercet_http_requests_total",
+            "Requests by route, method and status.",
+            ["route", "method", "status"],
+            registry=self.registry,
+        )
+        self.request_seconds = Histogram(
+            "tercet_http_request_duration_seconds",
+            "Time to answer, by route.",
+            ["route"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("tercet_http_requests_in_flight", "Requests being answered.", registry=self.registry)
+        self.errors = Counter("tercet_errors_total", "Errors answered, by code.", ["code"], registry=self.registry)
+        Gauge("tercet_service_info", "Always 1; names the service.", ["service"], registry=self.registry).labels(
+            service
+        ).set(1)
+        self.breaker_open = Gauge(
+            "tercet_breaker_state", "0 closed, 1 half-open, 2 open.", ["dependency"], registry=self.registry
+        )
+
+    def counter(self, name: str, text: str, labels: tuple[str, ...] = (), values: tuple[str, ...] = ()) -> Counter:
+        """Add a counter; with one label, its series for each of *values* starts at 0."""
+        counter = Counter(name, text, labels, registry=self.registry)
+        for value in values:
+            counter.labels(value)
+        return counter
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> Gauge:
+        """Add a gauge whose value is read when it is scraped."""
+        gauge = Gauge(name, text, registry=self.registry)
+        gauge.set_function(read)
+        return gauge
+
+    def histogram(
+        self, name: str, text: str, labels: tuple[str, ...] = (), *, buckets: tuple[float, ...] = LATENCY_BUCKETS_S
+    ) -> Histogram:
+        """Add a histogram."""
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+    def exposition(self) -> bytes:
+        """Return everything in Prometheus's text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,110 @@
+"""
+How settings are read: one frozen class per service, built once in its `__main__`, never at import.
+
+pydantic-settings ignores environment variables that no field is named after, so a typing error would be silent:
+`read_settings` refuses them and suggests the setting that was meant.
+"""
+
+import difflib
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+S = TypeVar("S", bound="ServiceSettings")
+
+
+class SettingsError(Exception):
+    """The environment is wrong; the message names each variable and what it should be."""
+
+
+class ServiceSettings(BaseSettings):
+    """What every service can be told. A service's class adds its own and sets `env_prefix`."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    listen_host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    listen_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=8000, description="Port to listen on; 0 picks one."
+    )
+    allow_open_network: bool = Field(
+        default=False,
+        description="Allow listening beyond this machine, where anybody who reaches the port may use it.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe level logged."
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="`auto`: console on a terminal, JSON elsewhere."
+    )
+    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
+        default=32 * 1024 * 1024, description="Larger request bodies are refused with 413."
+    )
+    max_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=600.0, description="Cap on the time a caller may ask for with X-Deadline-Ms."
+    )
+    shutdown_grace_s: Annotated[float, Field(ge=0)] = Field(
+        default=10.0, description="After SIGTERM, requests under way have this long to finish."
+    )
+    port_file: Path | None = Field(
+        default=None, description="Write the port listened on into this file once it is bound."
+    )
+
+    @model_validator(mode="after")
+    def _open_network_is_said(self) -> Self:
+        if not self.allow_open_network and not _is_loopback(self.listen_host):
+            prefix = self.model_config.get("env_prefix", "")
+            raise ValueError(
+                f"{prefix}LISTEN_HOST={self.listen_host} can be reached from other machines, without authentication; "
+                f"set {prefix}ALLOW_OPEN_NETWORK=true if that is meant"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def variable_names(settings_class: type[ServiceSettings]) -> dict[str, str]:
+    """Return each setting's environment variable and the field it fills."""
+    prefix = settings_class.model_config.get("env_prefix", "")
+    return {
+        (str(field.validation_alias) if field.validation_alias else f"{prefix}{name}").upper(): name
+        for name, field in settings_class.model_fields.items()
+    }
+
+
+def read_settings(settings_class: type[S], environ: Mapping[str, str]) -> S:
+    """
+    Build *settings_class* from the process's environment, which *environ* must be a view of.
+
+    Raises:
+        SettingsError: A variable has a bad value, or bears our prefix and names no setting.
+    """
+    known = variable_names(settings_class)
+    prefix = settings_class.model_config.get("env_prefix", "").upper()
+    problems = []
+    for variable in sorted(environ):
+        if variable.upper().startswith(prefix) and variable.upper() not in known:
+            close = difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.5)
+            problems.append(f"{variable}: there is no such setting" + (f"; did you mean {close[0]}?" if close else ""))
+    if problems:
+        raise SettingsError("\n".join(problems))
+    try:
+        return settings_class()
+    except ValidationError as error:
+        by_field = {field: variable for variable, field in known.items()}
+        lines = []
+        for item in error.errors():
+            field = str(item["loc"][0]) if item["loc"] else ""
+            where = by_field.get(field, field)
+            lines.append(f"{where}: {item['msg']}" if where else item["msg"].removeprefix("Value error, "))
+        raise SettingsError("\n".join(lines)) from None

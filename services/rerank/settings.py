@@ -1,0 +1,50 @@
+"""The rerank service's settings, read from RERANK_* variables."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from services.common.model_files import DEFAULT_MODEL
+from services.common.settings import ServiceSettings
+
+LATE_INTERACTION = "late-interaction/"
+
+
+class RerankSettings(ServiceSettings):
+    """See docs/settings.md for the list with defaults."""
+
+    model_config = SettingsConfigDict(env_prefix="RERANK_")
+
+    listen_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=8002, description="Port to listen on; 0 picks one."
+    )
+    model: str = Field(
+        default=f"{LATE_INTERACTION}{DEFAULT_MODEL}",
+        min_length=1,
+        description="`late-interaction/` and an embedding model, or a CrossEncoder's directory or hub id, or `fake`.",
+    )
+    model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="`auto`: late interaction takes bf16 where the processor has it and it stays within cosine 0.999 "
+        "of fp32; a cross-encoder takes fp32.",
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="Where the model runs.")
+    max_tokens: Annotated[int, Field(ge=32, le=32_768)] = Field(
+        default=256, description="Documents are cut to this many tokens (less if the model reads less)."
+    )
+    token_cache_bytes: Annotated[int, Field(ge=0)] = Field(
+        default=512 * 1024 * 1024, description="Memory for token vectors of documents seen before (late interaction)."
+    )
+    max_batch_tokens: Annotated[int, Field(ge=512)] = Field(
+        default=2048,
+        description="Most tokens, padding included, computed at once: deadlines are met to within a batch.",
+    )
+    max_queue_items: Annotated[int, Field(ge=1000)] = Field(
+        default=4000, description="Pairs waiting in each lane; beyond it callers get 429."
+    )
+    tokenizer_threads: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Threads that tokenise.")
+    hang_s: Annotated[float, Field(gt=0)] = Field(
+        default=60.0, description="A batch that runs longer means the worker hangs: waiters fail and /livez turns red."
+    )
