@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -19,16 +19,18 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import ORJSONResponse, PlainTextResponse
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common import deadline as deadlines
 from services.common.deadline import Deadline
-from services.common.errors import NotReady
+from services.common.errors import NotReady, TercetError
 from services.common.http_errors import JsonRoute, install_error_handlers
 from services.common.logs import configure_logs
 from services.common.metrics import Metrics
 from services.common.middleware.body_limit import BodyLimitMiddleware
 from services.common.middleware.disconnect import DisconnectMiddleware
 from services.common.middleware.request_context import RequestContextMiddleware
+from services.common.model_files import ModelNotFound
 from services.common.settings import ServiceSettings, SettingsError, read_settings
 from services.common.wire.errors import ErrorEnvelope
 
@@ -54,6 +56,7 @@ class Service:
         self.metrics = metrics
         self.resources: Resources | None = None
         self.draining = False
+        self.start_failure: str | None = None
 
     def not_ready_because(self) -> list[str]:
         """Return why requests should go elsewhere; empty when they need not."""
@@ -78,8 +81,12 @@ def create_service_app(
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with build(settings, metrics) as resources:
-            service.resources = resources
+        async with AsyncExitStack() as stack:
+            try:
+                service.resources = await stack.enter_async_context(build(settings, metrics))
+            except (TercetError, ModelNotFound) as error:
+                service.start_failure = str(error)
+                raise
             log.info("ready")
             try:
                 yield
@@ -92,6 +99,7 @@ def create_service_app(
         lifespan=lifespan,
         responses={"4XX": {"model": ErrorEnvelope}, "5XX": {"model": ErrorEnvelope}},
         middleware=[
+            Middleware(_StartFailureMiddleware, service=service),
             Middleware(RequestContextMiddleware, metrics=metrics),
             Middleware(DisconnectMiddleware),
             Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes),
@@ -103,6 +111,22 @@ def create_service_app(
     for router in routers:
         app.include_router(router)
     return app
+
+
+class _StartFailureMiddleware:
+    """Says in one line why the service could not start, where the framework would log a traceback."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def explain(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed" and self._service.start_failure:
+                message["message"] = f"Cannot start: {self._service.start_failure}"
+            await send(message)
+
+        await self._app(scope, receive, explain if scope["type"] == "lifespan" else send)
 
 
 def service_of(request: Request) -> Service:

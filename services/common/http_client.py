@@ -56,6 +56,7 @@ class ServiceClient:
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.name = name
+        self.base_url = base_url
         self.breaker = breaker
         self._retries = retries
         self._http = httpx2.AsyncClient(
@@ -73,10 +74,13 @@ class ServiceClient:
         *,
         body: BaseModel | None = None,
         deadline: Deadline,
+        answer_by: Deadline | None = None,
         idempotent: bool = True,
     ) -> Reply:
         """
         Send *body* as JSON and return the parsed answer.
+
+        The peer is told to answer by *answer_by*, else by *deadline*.
 
         Raises:
             DependencyUnavailable: The peer cannot be reached, fails, or its breaker is open.
@@ -88,7 +92,7 @@ class ServiceClient:
             deadline.check(f"a call to {self.name}")
             try:
                 async with self.breaker.guard():
-                    return await self._once(method, path, reply, content, deadline)
+                    return await self._once(method, path, reply, content, deadline, answer_by or deadline)
             except _PeerRefused as refused:
                 raise refused.error from None
             except errors.DependencyUnavailable:
@@ -100,13 +104,13 @@ class ServiceClient:
         raise AssertionError("unreachable: the loop returns or raises")
 
     async def _once(
-        self, method: str, path: str, reply: type[Reply], content: bytes | None, deadline: Deadline
+        self, method: str, path: str, reply: type[Reply], content: bytes | None, deadline: Deadline, answer_by: Deadline
     ) -> Reply:
         headers = {"content-type": "application/json"}
         remaining_s: float | None = None
         if deadline.at != float("inf"):
             remaining_s = max(0.001, deadline.remaining_s())
-            headers[deadlines.HEADER] = deadline.to_header()
+            headers[deadlines.HEADER] = answer_by.to_header()
         request_id = structlog.contextvars.get_contextvars().get("request_id")
         if request_id:
             headers["x-request-id"] = str(request_id)

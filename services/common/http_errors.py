@@ -121,7 +121,8 @@ def from_validation(problem: RequestValidationError) -> errors.TercetError:
     path = [str(part) for part in item["loc"] if not _is_branch(part)]
     if len(path) > 1 and path[0] in ("body", "query", "path", "header"):
         path = path[1:]
-    param = ".".join(path) or "body"
+    # A rule about a whole object says itself which field breaks it.
+    param = item.get("ctx", {}).get("param") or ".".join(path) or "body"
     message = "is not a known field" if item["type"] == "extra_forbidden" else item["msg"]
     others = len({each["loc"] for each in found}) - 1
     more = f" (and {others} more)" if others > 0 and len({str(each["loc"][:2]) for each in found}) > 1 else ""
@@ -140,6 +141,8 @@ def _is_branch(part: Any) -> bool:
 
 def from_http(problem: HTTPException) -> errors.TercetError:
     """Turn the framework's own errors (no such route, wrong method, unreadable body) into the tree's."""
+    if isinstance(problem.__cause__, errors.TercetError):  # Raised while the framework read the body.
+        return problem.__cause__
     kinds: dict[int, type[errors.TercetError]] = {
         400: errors.Malformed,
         404: errors.NotFound,

@@ -55,7 +55,7 @@ class Metrics:
         Gauge("tercet_service_info", "Always 1; names the service.", ["service"], registry=self.registry).labels(
             service
         ).set(1)
-        self.breaker_open = Gauge(
+        self.breaker_state = Gauge(
             "tercet_breaker_state", "0 closed, 1 half-open, 2 open.", ["dependency"], registry=self.registry
         )
 

@@ -285,6 +285,10 @@ class Retriever(Protocol):
         """Return the stored fields of *candidates* by id; those that are gone are missing."""
         ...
 
+    def notify(self, collection: Collection, seq: int) -> None:
+        """Say that the ledger has operations up to *seq* now, so that shards follow without waiting for a poll."""
+        ...
+
     async def wait_applied(self, collection: Collection, seq: int, deadline: Deadline) -> bool:
         """Wait until every shard has applied *seq*; False when the deadline came first."""
         ...

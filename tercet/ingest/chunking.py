@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tercet.ingest.structure import Block, Outline, outline, trim
 from tercet.ingest.types import DocumentDict, TextFormat
@@ -73,8 +74,11 @@ def split_document(
     vector of its own is never cut: the vector speaks for the whole text. *structure* saves finding it again.
     """
     chunks = split_outline(structure or outline(document["text"], format), max_chars=max_chars)
-    if len(chunks) < 2 or "vector" in document:
+    if "vector" in document or len(document["text"]) <= max_chars or not chunks:
         yield document
+        return
+    if len(chunks) == 1:
+        yield {**document, "text": chunks[0].text}
         return
     title = document.get("title")
     for number, chunk in enumerate(chunks):
@@ -101,7 +105,7 @@ def _cut_blocks(document: Outline, max_chars: int) -> Iterator[_Span]:
         if block.kind == "heading" and block.end - block.start <= max_chars:
             yield _Span(block.start, block.end, block.section, is_heading=True)
             # What follows is cut a little shorter, so that a heading is not parted from its text.
-            room = max(max_chars - (block.end - block.start) - 2, max_chars // 2)
+            room = max(max_chars - (block.end - block.start) - 2, max_chars // 2, 1)
             continue
         whole = block.kind == "code" and block.end - block.start <= max_chars
         yield from _cut(document.text, block, max_chars if whole else room)
@@ -124,8 +128,7 @@ def _cut(text: str, block: Block, limit: int) -> Iterator[_Span]:
             yield _Span(*trim(text, start, start + limit), block.section)
         else:
             edges = [start, *(match.end() for match in separators[level].finditer(text, start, end)), end]
-            parts = zip(edges, edges[1:], strict=False)
-            stack.extend((a, b, level + 1) for a, b in reversed(list(parts)))
+            stack.extend((a, b, level + 1) for a, b in reversed(list(pairwise(edges))))
 
 
 def _pack(spans: Iterator[_Span], max_chars: int) -> Iterator[_Span]:

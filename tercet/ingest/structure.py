@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from tercet.ingest.types import TextFormat
@@ -15,13 +16,13 @@ Kind = Literal["heading", "prose", "code"]
 _NEWLINE = re.compile(r"\r\n?|\n")
 _RST_UNDERLINE = re.compile(r"([!-/:-@\[-`{-~])\1*\s*")
 _RST_CODE = re.compile(r"\s*\.\. +(?:code|code-block|sourcecode|parsed-literal|math|doctest)::")
-_FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\n(.*?\n)?(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
+_FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
 _FRONT_MATTER_TITLE = re.compile(r"^title:[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 _HTML_DROPPED = frozenset({"head", "script", "style", "template", "noscript", "svg", "iframe", "object", "-comment"})
 _HTML_HEADINGS = {f"h{level}": level for level in range(1, 7)}
-_HTML_INLINE = frozenset(
-    "a abbr b bdi bdo big button cite code data del dfn em font i img input ins kbd label mark q s samp small span "
-    "strike strong sub sup time tt u var wbr".split()
+_HTML_INLINE = re.compile(
+    r"a|abbr|b|bdi|bdo|big|button|cite|code|data|del|dfn|em|font|i|img|input|ins|kbd|label|mark|q|s|samp|small|span"
+    r"|strike|strong|sub|sup|time|tt|u|var|wbr"
 )
 
 
@@ -85,7 +86,7 @@ def _assemble(text: str, marks: Iterable[_Mark], title: str | None = None) -> Ou
     marks = [_Mark(0, "prose"), *marks, _Mark(len(text), "prose")]
     blocks: list[Block] = []
     path: list[tuple[int, str]] = []
-    for mark, following in zip(marks, marks[1:], strict=False):
+    for mark, following in pairwise(marks):
         if mark.kind == "heading":
             path = [entry for entry in path if entry[0] < mark.level]
             if mark.label:
@@ -120,13 +121,14 @@ def _mark_markdown(text: str, offset: int) -> Iterator[_Mark]:
 
     starts = [offset + start for start in _line_starts(text)]
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
+    for number, token in enumerate(tokens):
         if token.level != 0 or token.map is None:
             continue
         first, last = token.map
         if token.type == "heading_open":
-            spoken = (child.content for child in (following.children or []) if child.content) if following else ()
-            yield _Mark(starts[first], "heading", int(token.tag[1]), _squeeze("".join(spoken)))
+            inline = tokens[number + 1].children or []
+            words = "".join(" " if child.type.endswith("break") else child.content for child in inline)
+            yield _Mark(starts[first], "heading", int(token.tag[1]), _squeeze(words))
             yield _Mark(starts[last], "prose")
         else:
             code = token.type in ("fence", "code_block", "table_open")
@@ -135,7 +137,7 @@ def _mark_markdown(text: str, offset: int) -> Iterator[_Mark]:
 
 def _mark_rst(text: str) -> Iterator[_Mark]:
     starts = _line_starts(text)
-    lines = [text[a:b].rstrip().expandtabs() for a, b in zip(starts, starts[1:], strict=False)]
+    lines = [text[a:b].rstrip().expandtabs() for a, b in pairwise(starts)]
     styles: list[tuple[str, bool]] = []
     at = 0
     while at < len(lines):
@@ -234,7 +236,7 @@ def _outline_html(source: str) -> Outline:
     if tree.body is not None:
         _collect_html(tree.body, collected)
     titles = [tree.css_first("body h1"), tree.css_first("head > title")]
-    title = next((found for node in titles if node is not None and (found := _squeeze(node.text()))), None)
+    title = next((found for node in titles if node is not None and (found := _label(node))), None)
     return _assemble(collected.text, collected.marks, title)
 
 
@@ -244,7 +246,7 @@ def _collect_html(body: "LexborNode", collected: _HtmlText) -> None:
     while stack:
         node, preformatted, leaving = stack.pop()
         tag = node.tag or ""
-        if node.is_text_node:
+        if tag == "-text":
             collected.add(node.text(deep=False), preformatted=preformatted)
             continue
         if tag in _HTML_DROPPED:
@@ -260,6 +262,11 @@ def _collect_html(body: "LexborNode", collected: _HtmlText) -> None:
             child = child.prev
 
 
+def _label(node: "LexborNode") -> str:
+    # The pilcrow is the link to a heading that documentation generators put into it.
+    return _squeeze(node.text()).rstrip("¶ ")
+
+
 def _gap_of(tag: str) -> str:
     if tag in ("td", "th"):
         return " "
@@ -267,17 +274,17 @@ def _gap_of(tag: str) -> str:
 
 
 def _enter_html(node: "LexborNode", tag: str, collected: _HtmlText) -> None:
-    if tag in _HTML_INLINE:
+    if _HTML_INLINE.fullmatch(tag):
         return
     collected.breaks(_gap_of(tag))
     if tag in _HTML_HEADINGS:
-        collected.mark("heading", _HTML_HEADINGS[tag], _squeeze(node.text()))
+        collected.mark("heading", _HTML_HEADINGS[tag], _label(node))
     elif tag in ("pre", "table"):
         collected.mark("code")
 
 
 def _leave_html(tag: str, collected: _HtmlText) -> None:
-    if tag in _HTML_INLINE:
+    if _HTML_INLINE.fullmatch(tag):
         return
     collected.breaks(_gap_of(tag))
     if tag in _HTML_HEADINGS or tag in ("pre", "table"):

@@ -1,12 +1,24 @@
 """Field types and the base model that every request shape is made of: what is valid is said once, here."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 MAX_ID_CHARS = 512
 MAX_COLLECTION_CHARS = 64
+MAX_TEXT_CHARS = 1_000_000
+MAX_QUERY_CHARS = 32_768
 
 
 class RequestModel(BaseModel):
@@ -39,7 +51,12 @@ def _not_blank(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_storable)]
-NonBlankText = Annotated[str, AfterValidator(_storable), AfterValidator(_not_blank)]
+QueryText = Annotated[
+    str, StringConstraints(max_length=MAX_QUERY_CHARS), AfterValidator(_storable), AfterValidator(_not_blank)
+]
+NonBlankText = Annotated[
+    str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_storable), AfterValidator(_not_blank)
+]
 DocumentId = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_storable), AfterValidator(_not_blank)
 ]
@@ -47,6 +64,20 @@ CollectionName = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_COLLECTION_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
 ]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(_storable)]
-MetadataValue = bool | int | FiniteFloat | Text | list[Text]
+LongText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_storable)]
+
+
+def _explain(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Say what metadata may hold, instead of what each branch of the union would have wanted."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "metadata_value", "must be a string, a finite number of at most 64 bits, true, false or a list of strings"
+        ) from None
+
+
+_Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+MetadataValue = Annotated[bool | _Integer | FiniteFloat | Text | list[Text], WrapValidator(_explain)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=256)]
 Vector = Annotated[list[FiniteFloat], Field(min_length=1, max_length=16_384)]

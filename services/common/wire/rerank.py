@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, FiniteFloat
 
-from services.common.wire.base import NonBlankText, ReplyModel, RequestModel, Text
+from services.common.wire.base import LongText, QueryText, ReplyModel, RequestModel
 from services.common.wire.embedding import Timings
 
 MAX_DOCUMENTS = 1000
@@ -13,7 +13,7 @@ MAX_DOCUMENTS = 1000
 class RerankDocument(RequestModel):
     """A document given as an object."""
 
-    text: Text
+    text: LongText
 
 
 class RerankRequest(RequestModel):
@@ -23,8 +23,8 @@ class RerankRequest(RequestModel):
     A document over the model's limit is cut; the query never is.
     """
 
-    query: NonBlankText
-    documents: Annotated[list[Text | RerankDocument], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    query: QueryText
+    documents: Annotated[list[LongText | RerankDocument], Field(min_length=1, max_length=MAX_DOCUMENTS)]
     model: str | None = Field(default=None, description="The model's name; the default model when left out.")
     top_n: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Return only the best so many.")
     return_documents: bool = False

@@ -8,8 +8,9 @@ from pydantic_core import PydanticCustomError
 from services.common.wire.base import (
     CollectionName,
     DocumentId,
+    LongText,
     Metadata,
-    NonBlankText,
+    QueryText,
     ReplyModel,
     RequestModel,
     Text,
@@ -37,7 +38,7 @@ class Document(RequestModel):
     """A document as its owner gives it; with a *vector* of the collection's dimension no model is asked."""
 
     id: DocumentId
-    text: Text
+    text: LongText
     title: Text | None = None
     metadata: Metadata = Field(default_factory=dict)
     vector: Vector | None = None
@@ -61,8 +62,8 @@ class WriteRequest(RequestModel):
             if document.id in first:
                 raise PydanticCustomError(
                     "duplicate_id",
-                    "documents.{index}.id repeats documents.{first}.id ({id})",
-                    {"index": index, "first": first[document.id], "id": repr(document.id[:80])},
+                    "repeats documents.{first}.id ({id})",
+                    {"first": first[document.id], "id": repr(document.id[:80]), "param": f"documents.{index}.id"},
                 )
             first[document.id] = index
         return self
@@ -133,13 +134,6 @@ class CollectionList(ReplyModel):
     collections: list[CollectionReply]
 
 
-class MinScore(RequestModel):
-    """Hits below *value* are left out; *kind* says of which score."""
-
-    kind: Literal["final", "dense", "bm25"] = "final"
-    value: float
-
-
 class SearchRequest(RequestModel):
     """
     A question for one collection.
@@ -148,7 +142,7 @@ class SearchRequest(RequestModel):
     and, without *query*, allows only `mode: dense`.
     """
 
-    query: NonBlankText | None = None
+    query: QueryText | None = None
     query_vector: Vector | None = None
     collection: CollectionName | None = Field(default=None, description="The default collection when left out.")
     k: Annotated[int, Field(ge=1, le=MAX_K)] = 10
@@ -163,8 +157,7 @@ class SearchRequest(RequestModel):
     rerank_candidates: Annotated[int, Field(ge=1, le=200)] | None = Field(
         default=None, description="How many fused candidates the reranker scores."
     )
-    min_score: MinScore | None = None
-    include: frozenset[Literal["text", "metadata", "vector", "highlights"]] = frozenset({"text", "metadata"})
+    include: frozenset[Literal["text", "metadata", "vector"]] = frozenset({"text", "metadata"})
     timeout_ms: Annotated[int, Field(ge=1, le=600_000)] | None = None
     min_seq: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Wait until this operation is applied, to read one's own write."
@@ -185,9 +178,9 @@ class SearchRequest(RequestModel):
     @model_validator(mode="after")
     def _answerable(self) -> Self:
         if self.query is None and self.query_vector is None:
-            raise PydanticCustomError("missing", "query is required (or query_vector with mode dense)")
+            raise PydanticCustomError("missing", "is required (or query_vector with mode dense)", {"param": "query"})
         if self.query is None and self.mode != "dense":
-            raise PydanticCustomError("missing", "query is required in mode {mode}", {"mode": self.mode})
+            raise PydanticCustomError("missing", "is required in mode {mode}", {"mode": self.mode, "param": "query"})
         return self
 
 
@@ -209,7 +202,6 @@ class Hit(ReplyModel):
     text: str | None = None
     title: str | None = None
     metadata: dict[str, Any] | None = None
-    highlights: list[str] | None = None
     vector: list[float] | None = None
     stages: StageScores
 
@@ -267,3 +259,12 @@ class SearchReply(ReplyModel):
     as_of: int
     timings_ms: dict[str, float]
     request_id: str | None = None
+
+
+class StatusReply(ReplyModel):
+    """`GET /status`: how things stand, as this process knows it."""
+
+    version: str
+    collections: list[CollectionReply]
+    dependencies: dict[str, dict[str, Any]]
+    cache: dict[str, Any]

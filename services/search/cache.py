@@ -1,0 +1,114 @@
+"""The result cache: in this process, or in Redis when there is one."""
+
+import sys
+import time
+from collections import OrderedDict
+
+import orjson
+import structlog
+from redis import asyncio as redis_asyncio
+from redis.exceptions import RedisError
+
+from services.common.breaker import Breaker
+from services.common.errors import DependencyUnavailable
+from services.search.ports import CacheEntry
+
+log = structlog.get_logger(__name__)
+
+KEY_PREFIX = "tercet:result:"
+REDIS_TIMEOUT_S = 0.25
+
+
+class MemoryResultCache:
+    """Least recently used goes first; bounded by bytes; entries live *ttl_s*."""
+
+    def __init__(self, *, max_bytes: int, ttl_s: float) -> None:
+        self._max_bytes = max_bytes
+        self._ttl_s = ttl_s
+        self._entries: OrderedDict[str, CacheEntry] = OrderedDict()
+        self._bytes = 0
+
+    @property
+    def available(self) -> bool:
+        """Memory always is."""
+        return True
+
+    async def get(self, key: str) -> CacheEntry | None:
+        """See ResultCache."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        if time.time() - entry.created_at > self._ttl_s:
+            self._drop(key)
+            return None
+        self._entries.move_to_end(key)
+        return entry
+
+    async def put(self, key: str, entry: CacheEntry) -> None:
+        """See ResultCache; an entry over the whole bound is not kept."""
+        self._drop(key)
+        size = _size(key, entry)
+        if size > self._max_bytes:
+            return
+        self._entries[key] = entry
+        self._bytes += size
+        while self._bytes > self._max_bytes:
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: str) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._bytes -= _size(key, entry)
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+
+def _size(key: str, entry: CacheEntry) -> int:
+    return sys.getsizeof(key) + sys.getsizeof(entry.body) + 200
+
+
+class RedisResultCache:
+    """Entries in Redis with a time to live; while Redis fails, a breaker makes every call a quick miss."""
+
+    def __init__(self, url: str, *, ttl_s: float, breaker: Breaker) -> None:
+        self._redis = redis_asyncio.Redis.from_url(
+            url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S, max_connections=64
+        )
+        self._ttl_ms = int(ttl_s * 1000)
+        self._breaker = breaker
+
+    @property
+    def available(self) -> bool:
+        """False while Redis is known to be out of reach."""
+        return self._breaker.state == "closed"
+
+    async def get(self, key: str) -> CacheEntry | None:
+        """See ResultCache; what cannot be read as an entry is a miss too."""
+        try:
+            async with self._breaker.guard():
+                raw = await self._redis.get(KEY_PREFIX + key)
+        except (RedisError, OSError, DependencyUnavailable):
+            return None
+        if not isinstance(raw, bytes):
+            return None
+        head, _, body = raw.partition(b"\n")
+        try:
+            as_of, created_at = orjson.loads(head)
+            return CacheEntry(int(as_of), float(created_at), body)
+        except (orjson.JSONDecodeError, ValueError, TypeError):
+            log.warning("cache_entry_unreadable", key=key)
+            return None
+
+    async def put(self, key: str, entry: CacheEntry) -> None:
+        """See ResultCache."""
+        raw = orjson.dumps([entry.as_of, entry.created_at]) + b"\n" + entry.body
+        try:
+            async with self._breaker.guard():
+                await self._redis.set(KEY_PREFIX + key, raw, px=self._ttl_ms)
+        except (RedisError, OSError, DependencyUnavailable) as error:
+            log.debug("cache_put_failed", error=type(error).__name__)
+
+    async def aclose(self) -> None:
+        """Close connections."""
+        await self._redis.aclose()

@@ -1,0 +1,75 @@
+"""The embedding and rerank services as the pipeline sees them, over HTTP."""
+
+import base64
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.common.deadline import Deadline
+from services.common.errors import DependencyUnavailable
+from services.common.http_client import ServiceClient
+from services.common.wire.embedding import EmbeddingInfo, EmbedReply, EmbedRequest
+from services.common.wire.rerank import NativeRerankRequest, RerankReply
+from services.search.ports import Embedded, EmbeddingModel, Reranked
+
+ANSWER_MARGIN_S = 0.02  # For the reply's way back: a partial answer that arrives late is lost.
+
+
+class HttpEmbeddingClient:
+    """Speaks the native `/embed`, with base64 vectors."""
+
+    def __init__(self, client: ServiceClient) -> None:
+        self._client = client
+
+    async def embed_query(self, text: str, deadline: Deadline) -> Embedded:
+        """See EmbeddingClient."""
+        return await self._embed(
+            EmbedRequest(inputs=text, input_type="query", lane="query", encoding="base64"), deadline
+        )
+
+    async def embed_documents(self, texts: Sequence[str], deadline: Deadline) -> Embedded:
+        """See EmbeddingClient."""
+        body = EmbedRequest(inputs=list(texts), input_type="document", lane="bulk", encoding="base64")
+        return await self._embed(body, deadline)
+
+    async def _embed(self, body: EmbedRequest, deadline: Deadline) -> Embedded:
+        reply = await self._client.call("POST", "/embed", EmbedReply, body=body, deadline=deadline)
+        vectors = _decode(reply)
+        if len(vectors) != len(body.texts()):
+            raise DependencyUnavailable(f"embedding sent {len(vectors)} vectors for {len(body.texts())} texts")
+        return Embedded(vectors, EmbeddingModel(reply.model, reply.fingerprint, vectors.shape[1]))
+
+    async def model(self, deadline: Deadline) -> EmbeddingModel:
+        """See EmbeddingClient."""
+        info = await self._client.call("GET", "/info", EmbeddingInfo, deadline=deadline)
+        return EmbeddingModel(info.model, info.fingerprint, info.dim)
+
+
+def _decode(reply: EmbedReply) -> NDArray[np.float32]:
+    try:
+        rows = [np.frombuffer(base64.b64decode(str(item.embedding)), dtype="<f4") for item in reply.data]
+        return np.stack(rows).astype(np.float32)
+    except ValueError:
+        raise DependencyUnavailable("embedding sent vectors that cannot be read") from None
+
+
+class HttpRerankClient:
+    """Speaks the native `/rerank`, taking partial answers."""
+
+    def __init__(self, client: ServiceClient) -> None:
+        self._client = client
+
+    async def rerank(self, query: str, texts: Sequence[str], deadline: Deadline) -> Reranked:
+        """See RerankClient. The service is asked to answer a little before *deadline*, so that its part comes in time."""
+        body = NativeRerankRequest(query=query, documents=list(texts))
+        answer_by = deadline.earlier(ANSWER_MARGIN_S)
+        reply = await self._client.call(
+            "POST", "/rerank", RerankReply, body=body, deadline=deadline, answer_by=answer_by
+        )
+        scores: list[float | None] = [None] * len(texts)
+        for result in reply.results:
+            if not 0 <= result.index < len(texts):
+                raise DependencyUnavailable("rerank sent a result for a document that was not given")
+            scores[result.index] = result.score
+        return Reranked(scores, reply.model, reply.fingerprint)

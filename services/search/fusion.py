@@ -1,0 +1,91 @@
+"""How candidates' scores become one order: pure functions over what the shards proposed."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from services.common.wire.search import Fusion, ScoreKind
+from services.search.ports import Candidate
+
+RRF_K = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A candidate with its fused score, and its final score of the kind that *score_kind* names."""
+
+    candidate: Candidate
+    fused: float
+    score: float
+    score_kind: ScoreKind
+    rerank: float | None = None
+
+
+def fuse(candidates: Sequence[Candidate], *, method: Fusion, dense_weight: float) -> list[Ranked]:
+    """
+    Return *candidates*, the union of all shards' and both retrievers', best first; equal scores by id.
+
+    `standardized`: each retriever's scores are standardised over the union (mean 0, deviation 1; a candidate that BM25
+    did not find counts with the lowest BM25 score seen) and added, *dense_weight* against the rest. `rrf`: reciprocal
+    rank fusion (Cormack et al., SIGIR 2009, k = 60). Where only one retriever ran, its own score is the order.
+    """
+    dense = [candidate.dense for candidate in candidates]
+    found = [candidate.bm25 for candidate in candidates if candidate.bm25 is not None]
+    if not any(score is not None for score in dense):
+        return _ordered(candidates, [candidate.bm25 or 0.0 for candidate in candidates], "bm25")
+    known = [score if score is not None else -1.0 for score in dense]
+    if not found:
+        return _ordered(candidates, known, "dense")
+    if method == "rrf":
+        by_dense = _ranks(candidates, lambda candidate: candidate.dense)
+        by_bm25 = _ranks(candidates, lambda candidate: candidate.bm25)
+        scores = [
+            sum(1.0 / (RRF_K + ranks[c.id]) for ranks in (by_dense, by_bm25) if c.id in ranks) for c in candidates
+        ]
+        return _ordered(candidates, scores, "fused")
+    lowest = min(found)
+    lexical = [candidate.bm25 if candidate.bm25 is not None else lowest for candidate in candidates]
+    pairs = zip(standardize(known), standardize(lexical), strict=True)
+    return _ordered(candidates, [dense_weight * d + (1.0 - dense_weight) * b for d, b in pairs], "fused")
+
+
+def blend(ranked: Sequence[Ranked], scores: Sequence[float | None], *, weight: float) -> list[Ranked]:
+    """
+    Return *ranked* in the last order: the reranker's *scores* for its first entries, blended with the fused scores.
+
+    Both are standardised over the entries that were scored; *weight* is the reranker's share. Entries without a score
+    follow, in retrieval order and with their retrieval score.
+    """
+    judged = [(entry, score) for entry, score in zip(ranked, scores, strict=False) if score is not None]
+    rerank = standardize([score for _, score in judged])
+    fused = standardize([entry.fused for entry, _ in judged])
+    blended = [
+        Ranked(entry.candidate, entry.fused, weight * r + (1.0 - weight) * f, "blended", score)
+        for (entry, score), r, f in zip(judged, rerank, fused, strict=True)
+    ]
+    blended.sort(key=lambda entry: (-entry.score, entry.candidate.id))
+    done = {entry.candidate.id for entry in blended}
+    return [*blended, *(entry for entry in ranked if entry.candidate.id not in done)]
+
+
+def standardize(scores: Sequence[float]) -> list[float]:
+    """Return *scores* with mean 0 and deviation 1; all zero where they do not differ."""
+    if not scores:
+        return []
+    mean = math.fsum(scores) / len(scores)
+    deviation = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / len(scores))
+    if deviation < 1e-9:
+        return [0.0] * len(scores)
+    return [(score - mean) / deviation for score in scores]
+
+
+def _ordered(candidates: Sequence[Candidate], scores: Sequence[float], kind: ScoreKind) -> list[Ranked]:
+    ranked = [Ranked(c, score, score, kind) for c, score in zip(candidates, scores, strict=True)]
+    ranked.sort(key=lambda entry: (-entry.score, entry.candidate.id))
+    return ranked
+
+
+def _ranks(candidates: Sequence[Candidate], score: Callable[[Candidate], float | None]) -> dict[str, int]:
+    scored = [(value, c.id) for c in candidates if (value := score(c)) is not None]
+    scored.sort(key=lambda item: (-item[0], item[1]))
+    return {id_: rank for rank, (_, id_) in enumerate(scored, 1)}

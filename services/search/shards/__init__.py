@@ -1,0 +1,1 @@
+"""Shards: one hash slice of a collection each, derived from the ledger."""
