@@ -108,3 +108,13 @@ def read_settings(settings_class: type[S], environ: Mapping[str, str]) -> S:
             where = by_field.get(field, field)
             lines.append(f"{where}: {item['msg']}" if where else item["msg"].removeprefix("Value error, "))
         raise SettingsError("\n".join(lines)) from None
+
+
+def settings_table(settings_class: type[ServiceSettings]) -> str:
+    """Return the settings as a Markdown table, for docs/settings.md: variable, default, meaning."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for variable, name in variable_names(settings_class).items():
+        field = settings_class.model_fields[name]
+        default = "" if field.default is None else f"`{field.default}`"
+        rows.append(f"| `{variable}` | {default} | {field.description} |")
+    return "\n".join(rows)

@@ -233,7 +233,7 @@ class LocalRetriever:
         return sum(gathered.answers.values(), LexicalStatistics(0, {})), gathered.failures
 
     async def _ask(self, calls: Mapping[int, Coroutine[Any, Any, T]], timeout_s: float | None) -> _Gathered[T]:
-        """Run *calls* side by side. Those not done in time are left to finish; a caller that is cancelled ends its own."""
+        """Run *calls* side by side: what is late is left to finish, what a cancelled caller asked is cancelled."""
         tasks = {number: asyncio.create_task(call) for number, call in calls.items()}
         for task in tasks.values():
             self._asking.add(task)
