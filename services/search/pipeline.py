@@ -215,7 +215,7 @@ class SearchPipeline:
             if retrieved.timed_out:
                 raise DeadlineExceeded("The time allowed for this request ran out before any shard answered")
             raise DependencyUnavailable("No shard of the collection can answer now", retry_after_s=1.0)
-        if retrieved.ok < retrieved.total:
+        if retrieved.ok < retrieved.total or retrieved.failures:
             run.degrade("shards_partial")
         if retrieved.catching_up:
             run.degrade("catching_up")

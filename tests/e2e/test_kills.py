@@ -28,7 +28,9 @@ async def test_every_search_is_answered_while_a_model_service_dies(tmp_path: Pat
             count = 0
             while not stop.is_set():
                 count += 1
-                reply = await client.search(query=f"knead flour water salt yeast dough {number}-{count}", collection="facts", cache=False)
+                reply = await client.search(
+                    query=f"knead flour water salt yeast dough {number}-{count}", collection="facts", cache=False
+                )
                 assert reply.hits[0].id == "bread"
                 flags.append(set(reply.degraded))
                 await asyncio.sleep(0.005)
@@ -58,7 +60,9 @@ async def test_search_killed_amid_writes_loses_nothing_acknowledged(tmp_path: Pa
     async with running(tmp_path, EMBEDDING_MODEL="fake", RERANK_MODEL="fake") as (stack, client):
         acknowledged: list[str] = []
         for round_ in range(3):
-            writers = [asyncio.create_task(_write_until_killed(client, f"r{round_}w{w}", acknowledged)) for w in range(4)]
+            writers = [
+                asyncio.create_task(_write_until_killed(client, f"r{round_}w{w}", acknowledged)) for w in range(4)
+            ]
             had = len(acknowledged)
             async with asyncio.timeout(30):
                 while len(acknowledged) < had + 40:

@@ -22,11 +22,15 @@ async def test_answers_degrades_recovers_and_keeps_everything(tmp_path: Path):
         # No word of these questions is in the document that answers them.
         assert await ask("how do I make a loaf") == ("bread", [])
         assert await ask("insects telling each other where nectar is") == ("bees", [])
-        full = await client.search(query="insects telling each other where nectar is", collection="facts", timeout_ms=20_000)
+        full = await client.search(
+            query="insects telling each other where nectar is", collection="facts", timeout_ms=20_000
+        )
         assert full.pipeline.rerank == "late-interaction/all-MiniLM-L6-v2"
         assert full.hits[0].stages.rerank is not None
         assert full.coverage.ratio == 1.0
-        again = await client.search(query="insects telling each other where nectar is", collection="facts", timeout_ms=20_000)
+        again = await client.search(
+            query="insects telling each other where nectar is", collection="facts", timeout_ms=20_000
+        )
         assert again.cache.hit
         assert [hit.id for hit in again.hits] == [hit.id for hit in full.hits]
 

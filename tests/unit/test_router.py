@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ class DictionaryShard:
     applied_seq: int = 0
     rows: list[LedgerDocument] = field(default_factory=list)
     live: dict[str, int] = field(default_factory=dict)
-    applies: int = 0
+    applied_at: list[float] = field(default_factory=list)
     apply_error: Exception | None = None
     search_error: Exception | None = None
     statistics_error: Exception | None = None
@@ -101,7 +102,7 @@ class DictionaryShard:
 
     async def apply(self, operations: Sequence[Operation], applied_seq: int) -> None:
         assert not self.closed
-        self.applies += 1
+        self.applied_at.append(time.monotonic())
         if self.apply_gate:
             await self.apply_gate.wait()
         if self.apply_error:
@@ -215,6 +216,15 @@ def ids_of(retrieved: Retrieved) -> set[str]:
     return {candidate.id for candidate in retrieved.candidates}
 
 
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until *condition* holds; fail if it never does."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("It never came about")
+
+
 def many(count: int, text: str = "word") -> dict[str, str]:
     return {f"d{n}": text for n in range(count)}
 
@@ -277,8 +287,7 @@ async def test_a_notice_is_acted_on_at_once(ledger, workshop) -> None:
     await asyncio.sleep(0.02)
     assert ledger.reads == before
     retriever.notify(BOOKS, seq)
-    await asyncio.sleep(0.02)
-    assert await retriever.applied_seq(BOOKS) == seq
+    await eventually(lambda: all(shard.applied_seq == seq for shard in workshop.of(BOOKS)))
     await retriever.aclose()
 
 
@@ -330,28 +339,28 @@ async def test_a_failing_apply_is_reported_and_recovers(ledger, workshop, retrie
     bad.apply_error = BackendFailed("the index is broken")
     seq = ledger.write(BOOKS, **many(40, "newer"))
     assert await retriever.wait_applied(BOOKS, seq, soon(0.1)) is False
-    assert [shard.applied_seq for shard in workshop.of(BOOKS)] == [seq, seq, 20, seq]
+    await eventually(lambda: [shard.applied_seq for shard in workshop.of(BOOKS)] == [seq, seq, 20, seq])
     found = await retriever.retrieve(BOOKS, word("newer word"), soon())
     assert (found.ok, found.as_of) == (4, 20)
     assert found.failures.keys() == {2}
     assert "the index is broken" in found.failures[2]
-    applies = bad.applies
     bad.apply_error = None
     assert await retriever.wait_applied(BOOKS, seq, soon())
-    assert bad.applies > applies
     found = await retriever.retrieve(BOOKS, word("newer"), soon())
     assert (len(ids_of(found)), found.failures) == (40, {})
 
 
 @pytest.mark.usefixtures("quick_retries")
 async def test_retries_grow_rarer(ledger, workshop, retriever) -> None:
-    """A shard that keeps failing is tried again with growing pauses, not in a loop."""
-    workshop.prepare = lambda shard: setattr(
-        shard, "apply_error", BackendFailed("broken") if shard.number == 0 else None
-    )
+    """A shard that keeps failing is tried again with pauses that double, not in a loop."""
+    error = BackendFailed("broken")
+    workshop.prepare = lambda shard: setattr(shard, "apply_error", error if shard.number == 0 else None)
     ledger.write(BOOKS, **many(PAGE + 1))
-    await retriever.wait_applied(BOOKS, PAGE + 1, soon(0.5))
-    assert 3 <= workshop.of(BOOKS)[0].applies <= 8
+    await retriever.open_collections()
+    tries = workshop.of(BOOKS)[0].applied_at
+    await eventually(lambda: len(tries) >= 6)
+    pauses = [after - before for before, after in pairwise(tries[:6])]
+    assert all(pause > 0.9 * 0.01 * 2**turn for turn, pause in enumerate(pauses))
 
 
 async def test_a_hanging_apply_does_not_hold_the_others(ledger, workshop, retriever, monkeypatch) -> None:
@@ -362,8 +371,7 @@ async def test_a_hanging_apply_does_not_hold_the_others(ledger, workshop, retrie
     ledger.write(BOOKS, **many(20))
     await asyncio.sleep(0.1)
     seq = ledger.write(BOOKS, **many(40, "newer"))
-    await asyncio.sleep(0.2)
-    assert [shard.applied_seq for shard in workshop.of(BOOKS)] == [seq, 0, seq, seq]
+    await eventually(lambda: [shard.applied_seq for shard in workshop.of(BOOKS)] == [seq, 0, seq, seq])
     gate.set()
     assert await retriever.wait_applied(BOOKS, seq, soon())
 
@@ -489,11 +497,9 @@ async def test_a_cancelled_caller_stops_only_itself(ledger, workshop, retriever)
     await retriever.open_collections()
     gone = asyncio.create_task(retriever.retrieve(BOOKS, word("word"), NO_DEADLINE))
     stays = asyncio.create_task(retriever.retrieve(BOOKS, word("word"), NO_DEADLINE))
-    await asyncio.sleep(0.05)
-    assert workshop.of(BOOKS)[0].searching == 2
+    await eventually(lambda: workshop.of(BOOKS)[0].searching == 2)
     gone.cancel()
-    await asyncio.sleep(0.01)
-    assert workshop.of(BOOKS)[0].searching == 1
+    await eventually(lambda: workshop.of(BOOKS)[0].searching == 1)
     gate.set()
     assert (await stays).ok == 4
     assert early.cancelled()
@@ -541,11 +547,7 @@ async def test_forgetting_goes_on_when_its_caller_is_cancelled(ledger, workshop,
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    for _ in range(500):
-        if discarded:
-            break
-        await asyncio.sleep(0.01)
-    assert discarded == [BOOKS.uuid]
+    await eventually(lambda: discarded == [BOOKS.uuid])
     assert all(shard.closed for shard in workshop.of(BOOKS))
 
 

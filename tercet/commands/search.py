@@ -1,0 +1,48 @@
+"""`tercet search`: one question, and its answers."""
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+import typer
+
+from services.common.wire.search import Mode
+from tercet.client import TercetClient
+from tercet.commands import Url, resolve_url
+from tercet.console import out, say_reply
+
+
+def search(
+    query: Annotated[str, typer.Argument(help="The question, as plain words.")],
+    collection: Annotated[str | None, typer.Option(help="Where to look; the service's default without it.")] = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="How many answers.", min=1, max=1000)] = 10,
+    mode: Annotated[Mode, typer.Option(help="How candidates are found.")] = "hybrid",
+    rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Score the best candidates again.")] = True,
+    filter: Annotated[str | None, typer.Option(help="""Conditions as JSON: '{"lang": {"$in": ["en"]}}'.""")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the service's reply as JSON.")] = False,
+    url: Url = None,
+) -> None:
+    """Search a collection."""
+    fields: dict[str, Any] = {"query": query, "collection": collection, "k": k, "mode": mode, "rerank": rerank}
+    asyncio.run(_search({**fields, "filter": _parse_filter(filter)}, resolve_url(url), as_json))
+
+
+async def _search(fields: dict[str, Any], url: str, as_json: bool) -> None:
+    async with TercetClient(url) as client:
+        reply = await client.search(**fields)
+    if as_json:
+        out.out(reply.model_dump_json(exclude_none=True, indent=2), highlight=False)
+    else:
+        say_reply(reply)
+
+
+def _parse_filter(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        conditions = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"not valid JSON: {error}", param_hint="--filter") from None
+    if not isinstance(conditions, dict):
+        raise typer.BadParameter("must be a JSON object", param_hint="--filter")
+    return conditions
