@@ -59,7 +59,10 @@ class TercetClient:
         self.base_url = base_url.rstrip("/")
         self._timeout_s = timeout_s
         # Proxies are for the world outside; what this talks to is one's own.
-        self._http = httpx2.AsyncClient(base_url=self.base_url, transport=transport, trust_env=False)
+        try:
+            self._http = httpx2.AsyncClient(base_url=self.base_url, transport=transport, trust_env=False)
+        except httpx2.InvalidURL as error:
+            raise TercetClientError(f"{self.base_url!r} is not an http address: {error}") from None
 
     async def __aenter__(self) -> Self:
         return self
@@ -204,7 +207,7 @@ class TercetClient:
             raise TercetUnreachable(self.base_url, "nothing listens there", refused=True) from None
         except httpx2.TimeoutException:
             raise TercetUnreachable(self.base_url, f"none within {limit_s:g} s", refused=False) from None
-        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        except httpx2.UnsupportedProtocol as error:
             raise TercetClientError(f"{self.base_url!r} is not an http address: {error}") from None
         except httpx2.HTTPError as error:
             reason = f"the connection broke ({type(error).__name__})"

@@ -44,6 +44,7 @@ DIALECT_STATUS: dict[str, dict[int, int]] = {
 }
 
 DEFAULT_RETRY_AFTER_S = 1.0
+MAX_NAME_CHARS = 200
 
 
 class JsonRequest(Request):
@@ -108,9 +109,10 @@ def error_response(error: errors.TercetError, *, request_id: str | None, dialect
 def from_validation(problem: RequestValidationError) -> errors.TercetError:
     """Turn FastAPI's list of validation errors into the first one that tells the caller most."""
     found: list[dict[str, Any]] = list(problem.errors())
-    # A union lists the errors of every branch; the deepest is of the branch that the caller meant.
+    # A union lists the errors of every branch: the deepest is of the branch that the caller meant, and of several as
+    # deep, one that is not about the type.
     nothing: dict[str, Any] = {"loc": (), "msg": "invalid request", "type": ""}
-    item = max(found, key=lambda each: len(each["loc"]), default=nothing)
+    item = max(found, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")), default=nothing)
     if item["type"] == "json_invalid":
         detail = item.get("ctx", {}).get("error", "")
         return errors.Malformed(f"The body is not valid JSON: {detail}", param="body")
@@ -118,7 +120,10 @@ def from_validation(problem: RequestValidationError) -> errors.TercetError:
         return errors.Malformed(
             "The body must be a JSON object, sent with the header Content-Type: application/json", param="body"
         )
-    path = [str(part) for part in item["loc"] if not _is_branch(part)]
+    unknown = item["loc"][-1:] if item["type"] == "extra_forbidden" else ()
+    parts = item["loc"][: len(item["loc"]) - len(unknown)]
+    # The name of an unknown field is the caller's: it may look like a branch, and may be of any length.
+    path = [str(part)[:MAX_NAME_CHARS] for part in (*(part for part in parts if not _is_branch(part)), *unknown)]
     if len(path) > 1 and path[0] in ("body", "query", "path", "header"):
         path = path[1:]
     # A rule about a whole object says itself which field breaks it.

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from services.common.errors import TercetError
+
 # Bounds include the usual objectives (10, 50, 100, 250, 500 ms, 1 s), so that "share under the objective" is exact.
 LATENCY_BUCKETS_S = (
     0.001,
@@ -51,7 +53,7 @@ class Metrics:
             registry=self.registry,
         )
         self.in_flight = Gauge("tercet_http_requests_in_flight", "Requests being answered.", registry=self.registry)
-        self.errors = Counter("tercet_errors_total", "Errors answered, by code.", ["code"], registry=self.registry)
+        self.errors = self.counter("tercet_errors_total", "Errors answered, by code.", ("code",), _codes(TercetError))
         Gauge("tercet_service_info", "Always 1; names the service.", ["service"], registry=self.registry).labels(
             service
         ).set(1)
@@ -81,3 +83,7 @@ class Metrics:
     def exposition(self) -> bytes:
         """Return everything in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+def _codes(cls: type[TercetError]) -> tuple[str, ...]:
+    return (cls.code, *(code for sub in cls.__subclasses__() for code in _codes(sub)))

@@ -152,10 +152,9 @@ class Batcher(Generic[ItemT, OutputT]):
             Overloaded: The lane's queue is full; nothing was done.
             DeadlineExceeded: Time ran out (without *allow_partial*).
             BackendFailed: The model raised on one of these items.
-            NotReady: The worker is dead.
+            NotReady: The worker is dead, or stopping.
         """
-        if self._failure:
-            raise NotReady(self._failure)
+        self._check_working()
         if self._admitted[lane] + len(items) > self._max_queue_items:
             raise Overloaded(f"The {lane} queue is full ({self._max_queue_items:,} items); retry in a moment")
         assert self._loop is not None, "start() comes first"
@@ -166,13 +165,19 @@ class Batcher(Generic[ItemT, OutputT]):
             timeout_s = None if deadline.at == float("inf") else max(0.0, deadline.remaining_s())
             async with asyncio.timeout(timeout_s):
                 await self._prepare(job, items, lane)
-                await job.done
+                if items:
+                    await job.done
         except TimeoutError:
             if not allow_partial:
                 raise DeadlineExceeded("The time allowed for this request ran out before the model got to it") from None
         finally:
             self._leave(job, lane, len(items))
-        return Submission(job.outputs, job.tokenization_s * 1000, job.queue_s * 1000, job.inference_s * 1000)
+        # A copy: a batch that was running at the deadline still delivers.
+        return Submission(list(job.outputs), job.tokenization_s * 1000, job.queue_s * 1000, job.inference_s * 1000)
+
+    def _check_working(self) -> None:
+        if self._failure or self._stopping:
+            raise NotReady(self._failure or "The service is stopping")
 
     async def _prepare(self, job: _Job[OutputT], items: Sequence[ItemT], lane: Lane) -> None:
         """Tokenise in chunks and queue each chunk as soon as it is ready."""
@@ -183,8 +188,7 @@ class Batcher(Generic[ItemT, OutputT]):
             prepared = await self._loop.run_in_executor(self._tokenizers, self._engine.prepare, chunk)
             entries = [Entry(job, start + i, one, self._engine.tokens(one)) for i, one in enumerate(prepared)]
             with self._changed:
-                if self._failure or self._stopping:
-                    raise NotReady(self._failure or "The service is stopping")
+                self._check_working()
                 self._queues.extend(lane, entries)
                 if lane is Lane.QUERY:
                     self._last_query_at = time.monotonic()

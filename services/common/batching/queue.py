@@ -25,6 +25,10 @@ class Ticket:
         self.deadline_at = deadline_at
         self.abandoned = False
 
+    def wanted(self, now: float) -> bool:
+        """Whether somebody still waits at *now*."""
+        return not self.abandoned and self.deadline_at > now
+
 
 @dataclass(slots=True)
 class Entry:
@@ -89,16 +93,13 @@ class LaneQueues:
         now = time.monotonic()
         lane = self._next_lane()
         queue = self._queues[lane]
-        while queue and (queue[0].ticket.abandoned or queue[0].ticket.deadline_at <= now):
+        while queue and not queue[0].ticket.wanted(now):
             queue.popleft()
-        if not queue:
+        # Tickets are abandoned in another thread: even the first may be by now.
+        window = [entry for entry in itertools.islice(queue, self._sort_window) if entry.ticket.wanted(now)]
+        if not window:
             return lane, []
         budget = self._max_batch_tokens if lane is Lane.QUERY else min(self._max_batch_tokens, bulk_budget_tokens)
-        window = [
-            entry
-            for entry in itertools.islice(queue, self._sort_window)
-            if not entry.ticket.abandoned and entry.ticket.deadline_at > now
-        ]
         batch = self._around_oldest(window, budget)
         taken = {id(entry) for entry in batch}
         rest = [entry for entry in itertools.islice(queue, self._sort_window) if id(entry) not in taken]

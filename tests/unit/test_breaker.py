@@ -1,0 +1,222 @@
+"""The circuit breaker, on a clock that the test moves."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from services.common.breaker import STATES, Breaker, NotAFailure
+from services.common.errors import DependencyUnavailable
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock of the test's own."""
+    return Clock()
+
+
+@pytest.fixture
+def make(clock: Clock) -> Callable[..., Breaker]:
+    """Return breakers on the test's clock: 10 s window, 4 calls, half of them failed, 2 s to the probe."""
+
+    def make(**changes) -> Breaker:
+        options = {"window_s": 10.0, "min_calls": 4, "failure_ratio": 0.5, "reset_s": 2.0, "clock": clock, **changes}
+        return Breaker("peer", **options)
+
+    return make
+
+
+async def succeed(breaker: Breaker) -> None:
+    """Make a call that goes well."""
+    async with breaker.guard():
+        pass
+
+
+async def fail(breaker: Breaker) -> None:
+    """Make a call that fails."""
+    with pytest.raises(ConnectionError):
+        async with breaker.guard():
+            raise ConnectionError
+
+
+async def opened(breaker: Breaker) -> Breaker:
+    """Return *breaker*, open."""
+    for _ in range(4):
+        await fail(breaker)
+    assert breaker.state == "open"
+    return breaker
+
+
+async def test_it_opens_on_the_share_of_failures(make):
+    """Every second call failing opens it, though no two failures follow each other."""
+    breaker = make()
+    await succeed(breaker)
+    await fail(breaker)
+    await succeed(breaker)
+    assert breaker.state == "closed"
+    await fail(breaker)
+    assert breaker.state == "open"
+
+
+async def test_it_stays_closed_below_the_share(make):
+    """One failure in three calls is under the ratio of one half, however many calls there are."""
+    breaker = make()
+    for _ in range(20):
+        await succeed(breaker)
+        await succeed(breaker)
+        await fail(breaker)
+    assert breaker.state == "closed"
+
+
+async def test_few_calls_prove_nothing(make):
+    """Failures open nothing before min_calls calls were made."""
+    breaker = make()
+    for _ in range(3):
+        await fail(breaker)
+    assert breaker.state == "closed"
+
+
+async def test_old_failures_are_forgotten(make, clock):
+    """Only the calls of the last window count."""
+    breaker = make()
+    for _ in range(3):
+        await fail(breaker)
+    clock.now += 10.5
+    await fail(breaker)
+    assert breaker.state == "closed"
+    for _ in range(3):
+        await fail(breaker)
+    assert breaker.state == "open"
+
+
+async def test_slow_calls_count_as_failures(make, clock):
+    """A peer that answers, but over slow_call_s, opens it too."""
+    breaker = make(slow_call_s=1.0)
+    for _ in range(4):
+        async with breaker.guard():
+            clock.now += 1.5
+    assert breaker.state == "open"
+
+
+async def test_an_open_breaker_refuses_without_a_try(make):
+    """While it is open calls are refused at once, told when a retry may help."""
+    breaker = await opened(make())
+    assert breaker.would_refuse()
+    with pytest.raises(DependencyUnavailable, match="peer is not answering") as caught:
+        async with breaker.guard():
+            pytest.fail("the call was made")
+    assert caught.value.retry_after_s == 2.0
+
+
+async def test_one_probe_at_a_time(make, clock):
+    """After reset_s one call goes through; others are refused until it is done; its success closes the breaker."""
+    breaker = await opened(make())
+    clock.now += 2.1
+    assert not breaker.would_refuse()
+    async with breaker.guard():
+        assert breaker.state == "half-open"
+        assert breaker.would_refuse()
+        with pytest.raises(DependencyUnavailable):
+            await succeed(breaker)
+    assert breaker.state == "closed"
+
+
+async def test_a_failed_probe_opens_it_again_for_the_whole_time(make, clock):
+    """A probe that fails starts the pause anew."""
+    breaker = await opened(make())
+    clock.now += 2.1
+    await fail(breaker)
+    assert breaker.state == "open"
+    clock.now += 1.9
+    assert breaker.would_refuse()
+    clock.now += 0.2
+    await succeed(breaker)
+    assert breaker.state == "closed"
+
+
+async def test_after_closing_the_past_is_forgotten(make, clock):
+    """Failures of before the breaker opened do not open it again."""
+    breaker = await opened(make())
+    clock.now += 2.1
+    await succeed(breaker)
+    for _ in range(3):
+        await fail(breaker)
+    assert breaker.state == "closed"
+
+
+async def test_a_cancelled_probe_gives_back_its_permit(make, clock):
+    """A probe whose caller goes away neither closes nor opens the breaker, and the next call is the probe."""
+    breaker = await opened(make())
+    clock.now += 2.1
+    entered = asyncio.Event()
+
+    async def probe() -> None:
+        async with breaker.guard():
+            entered.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(probe())
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert breaker.state == "half-open"
+    assert not breaker.would_refuse()
+    await succeed(breaker)
+    assert breaker.state == "closed"
+
+
+async def test_what_is_not_a_failure_counts_neither_way(make, clock):
+    """The caller's own bad input opens nothing, and as a probe's outcome closes nothing but frees the permit."""
+    breaker = make()
+
+    async def refused() -> None:
+        with pytest.raises(NotAFailure):
+            async with breaker.guard():
+                raise NotAFailure
+
+    for _ in range(10):
+        await refused()
+    assert breaker.state == "closed"
+    for _ in range(3):
+        await fail(breaker)
+    assert breaker.state == "closed"
+    await fail(breaker)
+    assert breaker.state == "open"
+    clock.now += 2.1
+    await refused()
+    assert breaker.state == "half-open"
+    assert not breaker.would_refuse()
+
+
+async def test_a_call_that_outlives_the_opening_changes_nothing(make, clock):
+    """A call begun while it was closed, and done after it opened, neither closes it nor starts its pause anew."""
+    breaker = make()
+    async with breaker.guard():
+        await opened(breaker)
+        clock.now += 1.9
+    assert breaker.state == "open"
+    clock.now += 0.2
+    assert not breaker.would_refuse()
+
+
+async def test_each_state_is_reported(make, clock):
+    """The metric's callback hears of the first state and of each change."""
+    heard: list[int] = []
+    breaker = await opened(make(on_state=heard.append))
+    clock.now += 2.1
+    await fail(breaker)
+    clock.now += 2.1
+    await succeed(breaker)
+    names = ["closed", "open", "half-open", "open", "half-open", "closed"]
+    assert heard == [STATES[name] for name in names]
