@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import ORJSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -158,16 +158,12 @@ def _health_router() -> APIRouter:
     async def livez(request: Request) -> Response:
         service = service_of(request)
         problems = list(service.resources.problems()) if service.resources else []
-        return ORJSONResponse(
-            {"status": "failed" if problems else "ok", "problems": problems}, 503 if problems else 200
-        )
+        return JSONResponse({"status": "failed" if problems else "ok", "problems": problems}, 503 if problems else 200)
 
     @router.get("/readyz", summary="Should requests be sent here? Never depends on other services.")
     async def readyz(request: Request) -> Response:
         reasons = service_of(request).not_ready_because()
-        return ORJSONResponse(
-            {"status": "not ready" if reasons else "ok", "problems": reasons}, 503 if reasons else 200
-        )
+        return JSONResponse({"status": "not ready" if reasons else "ok", "problems": reasons}, 503 if reasons else 200)
 
     @router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:

@@ -59,7 +59,9 @@ class Encoder:
         tokens = self.tokenize(GOLDEN_TEXTS)
         exact = self.pooled(tokens)
         self._bf16 = True
-        cosine = float(np.min(np.sum(exact * self.pooled(tokens), axis=1) / np.linalg.norm(exact, axis=1)))
+        reduced = self.pooled(tokens)
+        lengths = np.linalg.norm(exact, axis=1) * np.linalg.norm(reduced, axis=1)
+        cosine = float(np.min(np.sum(exact * reduced, axis=1) / lengths))
         if cosine >= MIN_COSINE or precision == "bf16":
             return "bf16", f"least cosine to fp32 over the golden texts is {cosine:.5f}"
         self._bf16 = False

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import orjson
 import structlog
 from redis import asyncio as redis_asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from services.common.breaker import Breaker
 from services.common.errors import DependencyUnavailable
@@ -87,7 +87,7 @@ class RedisResultCache:
         """See ResultCache; what cannot be read as an entry is a miss too."""
         try:
             async with self._breaker.guard():
-                raw = await self._redis.get(KEY_PREFIX + key)
+                raw = await self._read(KEY_PREFIX + key)
         except (RedisError, OSError, DependencyUnavailable):
             return None
         if not isinstance(raw, bytes):
@@ -99,6 +99,14 @@ class RedisResultCache:
         except (orjson.JSONDecodeError, ValueError, TypeError):
             log.warning("cache_entry_unreadable", key=key)
             return None
+
+    async def _read(self, key: str) -> object:
+        try:
+            return await self._redis.get(key)
+        except ResponseError as error:
+            if str(error).startswith("WRONGTYPE"):  # Somebody else's key; Redis is well.
+                return None
+            raise
 
     async def put(self, key: str, entry: CacheEntry) -> None:
         """See ResultCache."""

@@ -98,8 +98,8 @@ class Catalog:
     async def delete(self, name: str) -> Collection:
         """Delete a collection with all its documents. Raises NotFound."""
         collection = await self.get(name)
-        del self._by_name[name]
         await self._ledger.delete_collection(collection.uuid)
+        self._by_name.pop(name, None)  # Not before: whoever looks meanwhile would read it back in.
         await self._retriever.forget(collection)
         return collection
 

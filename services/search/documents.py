@@ -5,14 +5,19 @@ from collections.abc import Mapping
 
 import orjson
 
+from services.common.wire.base import MAX_TEXT_CHARS
 from services.search.ports import MetadataValue
 
 
 def model_text(title: str | None, text: str) -> str:
-    """Return what is embedded and reranked: the title, unless the text begins with it, then the text."""
+    """
+    Return what is embedded and reranked: the title, unless the text begins with it, then the text.
+
+    Cut to what the model services take, which is far more than any model reads.
+    """
     if not title or text.startswith(title):
-        return text
-    return f"{title}\n{text}" if text else title
+        return text[:MAX_TEXT_CHARS]
+    return f"{title}\n{text}"[:MAX_TEXT_CHARS] if text else title[:MAX_TEXT_CHARS]
 
 
 def content_hash(text: str, title: str | None, metadata: Mapping[str, MetadataValue], own_vector: bytes) -> bytes:

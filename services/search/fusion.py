@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.common.wire.search import Fusion, ScoreKind
-from services.search.ports import Candidate
+from services.search.ports import Candidate, LexicalStatistics
 
 RRF_K = 60
+BM25_K1 = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +22,30 @@ class Ranked:
     rerank: float | None = None
 
 
-def fuse(candidates: Sequence[Candidate], *, method: Fusion, dense_weight: float) -> list[Ranked]:
+def bm25_ceiling(terms: Sequence[str], statistics: LexicalStatistics | None) -> float:
+    """
+    Return the score that no document can exceed for *terms*: Σ idf · (k1 + 1), with Tantivy's idf and k1 = 1.2.
+
+    A best score far below it says that no document has most of what the question asks with.
+    """
+    if statistics is None:
+        return 0.0
+    total = 0.0
+    for term in terms:
+        found = min(statistics.doc_freq.get(term, 0), statistics.documents)
+        total += math.log(1 + (statistics.documents - found + 0.5) / (found + 0.5))
+    return total * (BM25_K1 + 1)
+
+
+def fuse(candidates: Sequence[Candidate], *, method: Fusion, dense_weight: float, ceiling: float = 0.0) -> list[Ranked]:
     """
     Return *candidates*, the union of all shards' and both retrievers', best first; equal scores by id.
 
     `standardized`: each retriever's scores are standardised over the union (mean 0, deviation 1; a candidate that BM25
-    did not find counts with the lowest BM25 score seen) and added, *dense_weight* against the rest. `rrf`: reciprocal
-    rank fusion (Cormack et al., SIGIR 2009, k = 60). Where only one retriever ran, its own score is the order.
+    did not find counts with the lowest BM25 score seen) and added, *dense_weight* against the rest. Standardising makes
+    the best of many poor word matches look as sure as a perfect one; so BM25's part is also scaled by how near its best
+    score comes to *ceiling* (`bm25_ceiling`; 0 leaves it as it is). `rrf`: reciprocal rank fusion (Cormack et al., SIGIR
+    2009, k = 60). Where only one retriever ran, its own score is the order.
     """
     dense = [candidate.dense for candidate in candidates]
     found = [candidate.bm25 for candidate in candidates if candidate.bm25 is not None]
@@ -45,8 +63,10 @@ def fuse(candidates: Sequence[Candidate], *, method: Fusion, dense_weight: float
         return _ordered(candidates, scores, "fused")
     lowest = min(found)
     lexical = [candidate.bm25 if candidate.bm25 is not None else lowest for candidate in candidates]
+    confidence = min(1.0, max(found) / ceiling) if ceiling > 0 else 1.0
+    bm25_weight = (1.0 - dense_weight) * confidence
     pairs = zip(standardize(known), standardize(lexical), strict=True)
-    return _ordered(candidates, [dense_weight * d + (1.0 - dense_weight) * b for d, b in pairs], "fused")
+    return _ordered(candidates, [dense_weight * d + bm25_weight * b for d, b in pairs], "fused")
 
 
 def blend(ranked: Sequence[Ranked], scores: Sequence[float | None], *, weight: float) -> list[Ranked]:

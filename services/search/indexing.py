@@ -43,13 +43,16 @@ class Indexing:
             Conflict: The embedding service's model is not the collection's.
             DependencyUnavailable, DeadlineExceeded, Overloaded: Nothing was written; the same call may succeed later.
         """
-        own = [document.vector for document in documents]
-        dim = len(own[0]) if own[0] is not None and all(vector is not None for vector in own) else None
+        own = [document.vector for document in documents if document.vector is not None]
+        dim = len(own[0]) if own and len(own) == len(documents) else None
         existing = await self._catalog.find(name)
-        drafts = [_draft(i, document, existing.dim if existing else dim) for i, document in enumerate(documents)]
+        expected = existing.dim if existing else dim
+        if own and expected is None:  # The others are for the model, which decides the new collection's dimension.
+            expected = (await self._embedding.model(deadline)).dim
+        drafts = [_draft(i, document, expected) for i, document in enumerate(documents)]
         collection = existing or await self._catalog.get_or_create(name, deadline, dim=dim)
-        if existing is None and collection.dim != (dim or collection.dim):
-            raise InvalidInput(f"documents.0.vector: must have {collection.dim} dimensions", param="documents.0.vector")
+        if own and collection.dim != expected:  # Somebody else has just created it.
+            drafts = [_draft(i, document, collection.dim) for i, document in enumerate(documents)]
         known = await self._ledger.known(collection.uuid, [document.id for document in documents])
         changed = [draft for draft in drafts if not _same(draft, known.get(draft.document.id))]
         vectors, embedded = await self._vectors(collection, changed, known, drafts, deadline)
@@ -138,13 +141,15 @@ def check_fingerprint(collection: Collection, fingerprint: str) -> None:
 
 def unit_vector(values: Sequence[float], dim: int | None, param: str) -> Vector:
     """Return *values* at unit length. Raises InvalidInput, naming *param*, for a wrong dimension or a zero vector."""
-    vector = np.asarray(values, dtype=np.float32)
-    norm = float(np.linalg.norm(vector.astype(np.float64)))
-    if dim is not None and len(vector) != dim:
-        raise InvalidInput(f"{param}: has {len(vector)} dimensions; this collection has {dim}", param=param)
-    if not np.isfinite(vector).all() or norm < 1e-12:
+    exact = np.asarray(values, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(exact.astype(np.float32)).all()
+        norm = float(np.linalg.norm(exact))
+    if dim is not None and len(exact) != dim:
+        raise InvalidInput(f"{param}: has {len(exact)} dimensions; this collection has {dim}", param=param)
+    if not finite or norm < 1e-12:
         raise InvalidInput(f"{param}: must have finite float32 values that are not all zero", param=param)
-    return np.asarray(vector / np.float32(norm), dtype=np.float32)
+    return np.asarray(exact / norm, dtype=np.float32)
 
 
 def _draft(index: int, document: Document, dim: int | None) -> _Draft:

@@ -26,7 +26,7 @@ from services.common.wire.search import (
 from services.search.catalog import OWN_VECTORS, Catalog
 from services.search.documents import model_text
 from services.search.filters import parse_filter
-from services.search.fusion import Ranked, blend, fuse
+from services.search.fusion import Ranked, blend, bm25_ceiling, fuse
 from services.search.indexing import check_fingerprint, unit_vector
 from services.search.ports import (
     CacheEntry,
@@ -144,7 +144,12 @@ class SearchPipeline:
         if vector is None and request.mode != "lexical":
             vector = await self._embed(run)
         retrieved = await self._retrieve(run, vector, condition)
-        ranked = fuse(retrieved.candidates, method=request.fusion, dense_weight=self._options.dense_weight)
+        ranked = fuse(
+            retrieved.candidates,
+            method=request.fusion,
+            dense_weight=self._options.dense_weight,
+            ceiling=bm25_ceiling(retrieved.terms, retrieved.statistics),
+        )
         documents: dict[str, ShardDocument] = {}
         if request.rerank and request.query is not None and ranked:
             ranked, documents = await self._reranked(run, ranked)
@@ -178,7 +183,10 @@ class SearchPipeline:
             run.degrade("cache_unavailable")
         if entry is None or entry.as_of < ledger_seq:
             return None
-        reply = SearchReply.model_validate(orjson.loads(entry.body))
+        try:
+            reply = SearchReply.model_validate(orjson.loads(entry.body))
+        except ValueError:  # Another version of this program wrote it.
+            return None
         age_ms = max(0, int((time.time() - entry.created_at) * 1000))
         return reply.model_copy(update={"cache": CacheReply(hit=True, age_ms=age_ms)})
 

@@ -260,7 +260,11 @@ class RetrievalQuery:
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """All shards' candidates together, which shards they are from, and the lowest `applied_seq` among them."""
+    """
+    All shards' candidates together, which shards they are from, and the lowest `applied_seq` among them.
+
+    *terms* are the question's analysed words and *statistics* the whole collection's, where BM25 ran.
+    """
 
     candidates: Sequence[Candidate]
     total: int
@@ -270,6 +274,8 @@ class Retrieved:
     timed_out: int
     as_of: int
     timings_ms: Mapping[str, float]
+    terms: Sequence[str] = ()
+    statistics: LexicalStatistics | None = None
 
 
 class Retriever(Protocol):

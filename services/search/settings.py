@@ -47,10 +47,10 @@ class SearchSettings(ServiceSettings):
         default=30, description="Fused candidates that are reranked, unless the search says."
     )
     dense_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.6, description="Share of the dense score in `standardized` fusion; BM25 has the rest."
+        default=0.65, description="Share of the dense score in `standardized` fusion; BM25 has the rest."
     )
     rerank_blend: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.4, description="Share of the rerank score in the last order; the fused score has the rest."
+        default=0.75, description="Share of the rerank score in the last order; the fused score has the rest."
     )
     cache_bytes: Annotated[int, Field(ge=0)] = Field(
         default=64 * 1024 * 1024, description="Memory for results cached in this process; 0 keeps none."

@@ -44,6 +44,7 @@ _SKIPPED = frozenset(
         *("sre_parse", "msilib", "msvcrt", "winreg", "winsound", "pyexpat"),
     }
 )
+_TELLING_CHARS = 60
 _CHILD_TIMEOUT_S = 120
 _CHILD = "import sys; sys.path.append(sys.argv.pop(1)); from tercet.demo.corpus import main; main()"
 # What an interpreter may need to start, and nothing that could find its way into a docstring.
@@ -159,10 +160,23 @@ def _is_public(name: str) -> bool:
 def _topics() -> Iterator[Entry]:
     """Yield the language reference that ``help("lambda")`` and its like show."""
     topics = getattr(_import("pydoc_data.topics"), "topics", {})
-    for name, text in sorted(topics.items()):
-        text = inspect.cleandoc(text)
+    for name, text in sorted(_without_collections(topics).items()):
         title = outline(text, "rst").title or name
         yield Entry(f"topic:{name}", "topic", "pydoc_data.topics", name, title, text)
+
+
+def _without_collections(topics: dict[str, str]) -> dict[str, str]:
+    """Leave out the topics that are mostly made of shorter ones (`compound` holds `if`, `while`, `with`, …)."""
+    kept: dict[str, str] = {}
+    told: set[str] = set()
+    for name, text in sorted(topics.items(), key=lambda topic: (len(topic[1]), topic[0])):
+        text = inspect.cleandoc(text)
+        paragraphs = {" ".join(part.split()) for part in text.split("\n\n") if len(part) > _TELLING_CHARS}
+        if paragraphs and 2 * len(paragraphs & told) > len(paragraphs):
+            continue
+        kept[name] = text
+        told |= paragraphs
+    return kept
 
 
 if __name__ == "__main__":

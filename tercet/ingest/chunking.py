@@ -8,7 +8,8 @@ from itertools import pairwise
 from tercet.ingest.structure import Block, Outline, outline, trim
 from tercet.ingest.types import DocumentDict, TextFormat
 
-DEFAULT_MAX_CHUNK_CHARS = 1600
+# About what 256 tokens of English hold, which is all that the default model reads of a text.
+DEFAULT_MAX_CHUNK_CHARS = 1000
 
 _BLANK_LINE = r"\n[^\S\n]*(?=\n)"
 _LIST_ITEM = r"\n(?=[^\S\n]*(?:[-*+•]|\d{1,3}[.)])[^\S\n])"

@@ -1,5 +1,6 @@
 """Any sentence-transformers CrossEncoder with a one-label sequence-classification head, through torch."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,8 @@ class CrossEncoderBackend:
             )
         self._model: Any = loaded.model.eval()
         self._tokenizer: Any = loaded.tokenizer
+        # A tokenizer keeps how it truncates from call to call: one that threads share must always be told the same.
+        self._query_tokenizer: Any = copy.deepcopy(loaded.tokenizer)
         self._bf16 = precision == "bf16"
         self._max_tokens = min(max_tokens, int(loaded.max_length or max_tokens))
         self._info = ScorerInfo(
@@ -49,7 +52,7 @@ class CrossEncoderBackend:
         """See Backend."""
         room = self._max_tokens - LEAST_DOCUMENT_TOKENS
         for query in {pair.query for pair in pairs}:
-            if len(self._tokenizer(query, truncation=True, max_length=room + 1)["input_ids"]) > room:
+            if len(self._query_tokenizer(query, truncation=True, max_length=room + 1)["input_ids"]) > room:
                 raise InvalidInput(
                     f"query leaves no room for documents in the scorer's {self._max_tokens} tokens", param="query"
                 )

@@ -97,6 +97,9 @@ class LateInteractionBackend:
         parts = self._parts(list(texts))
         for text in {pair.query for pair in pairs}:
             tokens = parts[text].tokens
+            if tokens is None and parts[text].length >= self._max_tokens:
+                # Known from when it was a document, which may have been cut.
+                tokens = self._encoder.tokenize([text], max_tokens=self._max_tokens)[0]
             if tokens is not None and tokens.truncated:
                 raise InvalidInput(
                     f"query is longer than the scorer's {self._max_tokens} tokens; shorten it", param="query"

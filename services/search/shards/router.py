@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -120,7 +120,8 @@ class LocalRetriever:
             },
             _seconds(deadline),
         )
-        return _merge(follower, gathered, {**failures, **refused, **gathered.failures}, timings_ms)
+        merged = _merge(follower, gathered, {**failures, **refused, **gathered.failures}, timings_ms)
+        return replace(merged, terms=terms, statistics=statistics)
 
     async def fetch(
         self, collection: Collection, candidates: Sequence[Candidate], deadline: Deadline, *, vectors: bool = False
