@@ -78,7 +78,9 @@ def test_no_loose_ends(path: Path):
 
 def test_constraints_pin_every_direct_dependency():
     """constraints.txt says which version of each dependency was tested."""
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
     text = (ROOT / "pyproject.toml").read_text()
     names = {name.lower() for name in re.findall(r'^\s+"([A-Za-z0-9_.-]+)(?:\[\w+\])?>=', text, re.MULTILINE)}
     assert names

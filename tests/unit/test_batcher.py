@@ -1,8 +1,10 @@
 """The shared inference worker: order, bounds, deadlines, cancellation, and who hears of which failure."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 
@@ -186,6 +188,28 @@ async def test_a_cancelled_caller_leaves_the_queue(start, engine):
     engine.gate.set()
     await asyncio.gather(busy, stays)
     assert engine.seen == ["busy", "stays"]
+
+
+async def test_a_cancelled_callers_items_are_let_go_at_once(start, engine):
+    """What a cancelled caller had queued is not kept in memory until its turn would have come."""
+
+    class Text(str):
+        pass
+
+    batcher = await start()
+    busy = await occupy(batcher, engine)
+    asked = [Text("gone")]
+    reference = weakref.ref(asked[0])
+    gone = asyncio.create_task(batcher.submit(asked, lane=Lane.BULK, deadline=NO_DEADLINE))
+    await until(lambda: "gone" in engine.queued)
+    gone.cancel()
+    await asyncio.wait([gone])
+    engine.queued.clear()
+    del asked, gone
+    gc.collect()
+    assert reference() is None
+    engine.gate.set()
+    await busy
 
 
 async def test_a_failure_reaches_the_guilty_caller_alone(start, engine):
