@@ -24,6 +24,9 @@ Reply = TypeVar("Reply", bound=BaseModel)
 RETRY_PAUSE_S = 0.05
 CONNECT_TIMEOUT_S = 1.0
 MAX_REPLY_BYTES = 64 * 1024 * 1024
+FAIR_TIME_S = (
+    0.25  # A peer that was given less and was late is not to blame: one hasty caller must not open the breaker.
+)
 _CALLERS_FAULT: dict[int, type[errors.TercetError]] = {
     400: errors.InvalidInput,
     404: errors.NotFound,
@@ -35,7 +38,7 @@ _CALLERS_FAULT: dict[int, type[errors.TercetError]] = {
 
 
 class _PeerRefused(NotAFailure):
-    """The peer is well and says that the request is at fault, or that its queue is full."""
+    """An outcome that says nothing against the peer: the request is at fault, its queue is full, or it had no time."""
 
     def __init__(self, error: errors.TercetError) -> None:
         super().__init__(error.message)
@@ -118,27 +121,43 @@ class ServiceClient:
         try:
             # httpx's time-outs are per socket operation; a peer that drips bytes is ended by the outer one.
             async with asyncio.timeout(remaining_s):
-                response = await self._http.request(method, path, content=content, headers=headers, timeout=timeout)
+                async with self._http.stream(
+                    method, path, content=content, headers=headers, timeout=timeout
+                ) as response:
+                    raw = await self._read(response)
         except (TimeoutError, httpx2.ReadTimeout, httpx2.WriteTimeout):
-            raise errors.DeadlineExceeded(f"{self.name} did not answer in time") from None
+            raise self._late(f"{self.name} did not answer in time", remaining_s) from None
         except httpx2.HTTPError as error:
             raise errors.DependencyUnavailable(f"{self.name} cannot be reached: {type(error).__name__}") from None
         if response.is_success:
             try:
-                return reply.model_validate(orjson.loads(response.content))
+                return reply.model_validate(orjson.loads(raw))
             except (orjson.JSONDecodeError, ValidationError):
                 raise errors.DependencyUnavailable(f"{self.name} sent an answer that cannot be read") from None
-        raise self._verdict(response)
+        raise self._verdict(response.status_code, raw, remaining_s)
 
-    def _verdict(self, response: httpx2.Response) -> Exception:
+    async def _read(self, response: httpx2.Response) -> bytes:
+        chunks, size = [], 0
+        async for chunk in response.aiter_bytes():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > MAX_REPLY_BYTES:
+                raise errors.DependencyUnavailable(f"{self.name} sent an answer over {MAX_REPLY_BYTES:,} bytes")
+        return b"".join(chunks)
+
+    def _late(self, message: str, given_s: float | None) -> Exception:
+        late = errors.DeadlineExceeded(message)
+        return _PeerRefused(late) if given_s is not None and given_s < FAIR_TIME_S else late
+
+    def _verdict(self, status: int, raw: bytes, given_s: float | None) -> Exception:
         try:
-            body = ErrorEnvelope.model_validate_json(response.content).error
+            body = ErrorEnvelope.model_validate_json(raw).error
             message, param = body.message, body.param
         except ValidationError:
-            message, param = f"HTTP {response.status_code}", None
-        if response.status_code == 504:
-            return errors.DeadlineExceeded(f"{self.name}: {message}")
-        kind = _CALLERS_FAULT.get(response.status_code)
+            message, param = f"HTTP {status}", None
+        if status == 504:
+            return self._late(f"{self.name}: {message}", given_s)
+        kind = _CALLERS_FAULT.get(status)
         if kind is None:
             return errors.DependencyUnavailable(f"{self.name}: {message}")
         return _PeerRefused(kind(f"{self.name}: {message}", param=param))

@@ -64,6 +64,17 @@ class ServiceSettings(BaseSettings):
         return self
 
 
+class ModelServiceSettings(ServiceSettings):
+    """What both services that run a model can be told."""
+
+    model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="Where the model runs.")
+    tokenizer_threads: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Threads that tokenise.")
+    hang_s: Annotated[float, Field(gt=0)] = Field(
+        default=60.0, description="A batch that runs longer means the worker hangs: waiters fail and /livez turns red."
+    )
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True

@@ -6,10 +6,10 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from services.common.model_files import DEFAULT_MODEL
-from services.common.settings import ServiceSettings
+from services.common.settings import ModelServiceSettings
 
 
-class EmbeddingSettings(ServiceSettings):
+class EmbeddingSettings(ModelServiceSettings):
     """See docs/settings.md for the list with defaults."""
 
     model_config = SettingsConfigDict(env_prefix="EMBEDDING_")
@@ -22,18 +22,12 @@ class EmbeddingSettings(ServiceSettings):
         min_length=1,
         description="A sentence-transformers model: a directory, a hub id, the packaged default, or `fake`.",
     )
-    model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="`auto`: bf16 where the processor has it and it stays within cosine 0.999 of fp32."
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="Where the model runs.")
     max_batch_tokens: Annotated[int, Field(ge=512)] = Field(
         default=8192, description="Most tokens, padding included, that the model computes at once."
     )
     max_queue_items: Annotated[int, Field(ge=2048)] = Field(
         default=8192, description="Texts waiting in each lane; beyond it callers get 429."
-    )
-    tokenizer_threads: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Threads that tokenise.")
-    hang_s: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="A batch that runs longer means the worker hangs: waiters fail and /livez turns red."
     )

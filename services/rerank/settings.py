@@ -6,12 +6,12 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from services.common.model_files import DEFAULT_MODEL
-from services.common.settings import ServiceSettings
+from services.common.settings import ModelServiceSettings
 
 LATE_INTERACTION = "late-interaction/"
 
 
-class RerankSettings(ServiceSettings):
+class RerankSettings(ModelServiceSettings):
     """See docs/settings.md for the list with defaults."""
 
     model_config = SettingsConfigDict(env_prefix="RERANK_")
@@ -24,13 +24,11 @@ class RerankSettings(ServiceSettings):
         min_length=1,
         description="`late-interaction/` and an embedding model, or a CrossEncoder's directory or hub id, or `fake`.",
     )
-    model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
         description="`auto`: late interaction takes bf16 where the processor has it and it stays within cosine 0.999 "
         "of fp32; a cross-encoder takes fp32.",
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="Where the model runs.")
     max_tokens: Annotated[int, Field(ge=32, le=32_768)] = Field(
         default=256, description="Documents are cut to this many tokens (less if the model reads less)."
     )
@@ -43,8 +41,4 @@ class RerankSettings(ServiceSettings):
     )
     max_queue_items: Annotated[int, Field(ge=1000)] = Field(
         default=4000, description="Pairs waiting in each lane; beyond it callers get 429."
-    )
-    tokenizer_threads: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Threads that tokenise.")
-    hang_s: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="A batch that runs longer means the worker hangs: waiters fail and /livez turns red."
     )

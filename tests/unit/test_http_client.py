@@ -278,3 +278,41 @@ async def test_a_cancelled_call_is_no_failure(connect):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert client.breaker.state == "closed"
+
+
+async def test_hasty_callers_do_not_open_the_breaker():
+    """A call that was given too little time is late, and says nothing against the peer."""
+
+    async def slow(_request: httpx2.Request) -> httpx2.Response:
+        await asyncio.sleep(0.2)
+        return httpx2.Response(200, json={"value": 1})
+
+    breaker = Breaker("peer", min_calls=3)
+    client = ServiceClient("peer", "http://peer", breaker, transport=httpx2.MockTransport(slow))
+    for _ in range(5):
+        with pytest.raises(DeadlineExceeded):
+            await client.call("GET", "/", Reply, deadline=Deadline.after(0.01))
+    assert breaker.state == "closed"
+    await client.aclose()
+
+
+async def test_an_endless_reply_is_cut(monkeypatch: pytest.MonkeyPatch):
+    """A reply over the bound is not read to its end."""
+    monkeypatch.setattr("services.common.http_client.MAX_REPLY_BYTES", 1000)
+    sent = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 500
+            yield b" " * 500
+
+    async def endless(_request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, content=body())
+
+    transport = httpx2.MockTransport(endless)
+    client = ServiceClient("peer", "http://peer", Breaker("peer"), retries=0, transport=transport)
+    with pytest.raises(DependencyUnavailable, match="over"):
+        await client.call("GET", "/", Reply, deadline=Deadline.after(5))
+    assert sent < 5000
+    await client.aclose()

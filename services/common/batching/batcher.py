@@ -253,8 +253,8 @@ class Batcher(Generic[ItemT, OutputT]):
         seconds = time.monotonic() - started
         padded = batch[-1].tokens * len(batch)
         self._tokens_per_s += 0.2 * (padded / max(seconds, 1e-6) - self._tokens_per_s)
-        self._call_soon(self._deliver, batch, outputs, started, seconds)
         self.observe(BatchObservation(lane, len(batch), sum(entry.tokens for entry in batch), padded, seconds))
+        self._call_soon(self._deliver, batch, outputs, started, seconds)
 
     def _call_soon(self, callback: Callable[..., None], *args: object) -> None:
         assert self._loop is not None
