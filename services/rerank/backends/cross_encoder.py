@@ -15,6 +15,11 @@ from services.rerank.ports import Pair, PreparedPair, ScorerInfo
 LEAST_DOCUMENT_TOKENS = 8
 
 
+def _longest(model: Any) -> int | None:
+    """Return how many tokens the model reads; the property was renamed in sentence-transformers 6."""
+    return model.max_seq_length if hasattr(model, "max_seq_length") else model.max_length  # type: ignore[no-any-return]
+
+
 class CrossEncoderBackend:
     """Loads *name* when it is made (seconds) and keeps it."""
 
@@ -32,7 +37,7 @@ class CrossEncoderBackend:
         # A tokenizer keeps how it truncates from call to call: one that threads share must always be told the same.
         self._query_tokenizer: Any = copy.deepcopy(loaded.tokenizer)
         self._bf16 = precision == "bf16"
-        self._max_tokens = min(max_tokens, int(loaded.max_length or max_tokens))
+        self._max_tokens = min(max_tokens, int(_longest(loaded) or max_tokens))
         self._info = ScorerInfo(
             name=name,
             kind="cross-encoder",
