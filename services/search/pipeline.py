@@ -4,12 +4,12 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import orjson
 
 from services.common.deadline import Deadline
-from services.common.errors import DeadlineExceeded, DependencyUnavailable, InvalidInput, Overloaded
+from services.common.errors import DeadlineExceeded, DependencyUnavailable, InvalidInput, TercetError
 from services.common.wire.search import (
     CacheReply,
     Coverage,
@@ -197,13 +197,14 @@ class SearchPipeline:
             with run.timed("embed"):
                 patience = run.deadline.at_most(run.deadline.remaining_s() * EMBED_SHARE)
                 made = await self._embedding.embed_query(run.request.query, patience)
-        except (DependencyUnavailable, Overloaded):
-            run.degrade("embedding_unavailable")
         except DeadlineExceeded:
             run.degrade("embedding_late")
+        except TercetError:
+            run.degrade("embedding_unavailable")
         else:
             check_fingerprint(run.collection, made.model.fingerprint)
-            return np_row(made.vectors)
+            row: Vector = made.vectors[0]
+            return row
         run.mode = "lexical"
         return None
 
@@ -231,40 +232,37 @@ class SearchPipeline:
 
     async def _reranked(self, run: _Run, ranked: list[Ranked]) -> tuple[list[Ranked], dict[str, ShardDocument]]:
         """Return the last order and the documents read on the way; the fused order when the reranker cannot help in time."""
-        assert run.request.query is not None, "the caller saw to it"
-        top = ranked[: run.request.rerank_candidates or self._options.rerank_candidates]
+        first = ranked[: run.request.rerank_candidates or self._options.rerank_candidates]
         with run.timed("fetch"):
-            candidates = [entry.candidate for entry in top]
+            candidates = [entry.candidate for entry in first]
             documents = await self._retriever.fetch(run.collection, candidates, run.deadline)
-        top = [entry for entry in top if entry.candidate.id in documents]
-        texts = [model_text(d.title, d.text) for d in (documents[entry.candidate.id] for entry in top)]
+        there = [entry for entry in first if entry.candidate.id in documents]
+        texts = [model_text(d.title, d.text) for d in (documents[entry.candidate.id] for entry in there)]
+        scores = await self._scores(run, texts) if texts else []
+        if not any(score is not None for score in scores):
+            return ranked, documents
+        return blend([*there, *ranked[len(first) :]], scores, weight=self._options.rerank_blend), documents
+
+    async def _scores(self, run: _Run, texts: Sequence[str]) -> Sequence[float | None]:
+        """Return what the reranker made of *texts* in time; nothing, with the reason noted, if it made nothing."""
+        assert run.request.query is not None, "the caller saw to it"
         try:
             with run.timed("rerank"):
-                scored = (
-                    await self._rerank.rerank(run.request.query, texts, run.deadline.earlier(FINISH_S))
-                    if texts
-                    else None
-                )
-        except (DependencyUnavailable, Overloaded):
-            run.degrade("rerank_unavailable")
+                scored = await self._rerank.rerank(run.request.query, texts, run.deadline.earlier(FINISH_S))
         except DeadlineExceeded:
             run.degrade("rerank_late")
-        except InvalidInput:
-            # Its limit on the query's length is shorter than ours; retrieval has read the query all the same.
+            return []
+        except TercetError:  # Down, overloaded, or it refuses a query that retrieval could read.
             run.degrade("rerank_unavailable")
-        else:
-            if scored is not None:
-                judged = sum(score is not None for score in scored.scores)
-                if judged == 0:
-                    run.degrade("rerank_late")
-                    return ranked, documents
-                if judged < len(texts):
-                    run.degrade("rerank_partial")
-                run.reranked_by = scored.model
-                gone = {entry.candidate.id for entry in ranked[: len(candidates)]} - documents.keys()
-                rest = [entry for entry in ranked[len(candidates) :] if entry.candidate.id not in gone]
-                return blend([*top, *rest], scored.scores, weight=self._options.rerank_blend), documents
-        return ranked, documents
+            return []
+        judged = sum(score is not None for score in scored.scores)
+        if judged == 0:
+            run.degrade("rerank_late")
+            return []
+        if judged < len(texts):
+            run.degrade("rerank_partial")
+        run.reranked_by = scored.model
+        return scored.scores
 
     async def _hits(self, run: _Run, ranked: Sequence[Ranked], documents: dict[str, ShardDocument]) -> list[Hit]:
         include = run.request.include
@@ -294,12 +292,6 @@ class SearchPipeline:
                 )
             )
         return hits
-
-
-def np_row(vectors: Vector) -> Vector:
-    """Return the only row of *vectors*, shape [1, dim]."""
-    row: Vector = vectors[0]
-    return row
 
 
 def _stages(entry: Ranked) -> StageScores:
@@ -342,10 +334,5 @@ def _cache_key(collection: Collection, request: SearchRequest, options: Pipeline
     """Identify all that decides the answer but the collection's contents, which the entry's `as_of` stands for."""
     asked = request.model_dump(exclude={"collection", "timeout_ms", "min_seq", "cache"})
     asked["include"] = sorted(asked["include"])
-    parts = [collection.uuid, collection.fingerprint, asked, vars_of(options)]
+    parts = [collection.uuid, collection.fingerprint, asked, astuple(options)]
     return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=20).hexdigest()
-
-
-def vars_of(options: PipelineOptions) -> list[float]:
-    """Return the options' values, in a fixed order."""
-    return [options.candidates, options.rerank_candidates, options.dense_weight, options.rerank_blend]
