@@ -10,7 +10,7 @@ from services.common.app import create_service_app
 from services.common.breaker import Breaker
 from services.common.http_client import ServiceClient
 from services.common.metrics import Metrics
-from services.search import routes
+from services.search import routes, web
 from services.search.cache import MemoryResultCache, RedisResultCache
 from services.search.catalog import Catalog
 from services.search.clients import HttpEmbeddingClient, HttpRerankClient
@@ -122,6 +122,6 @@ def create_app(settings: SearchSettings) -> FastAPI:
         "search",
         settings,
         build,
-        [routes.router],
+        [routes.router, web.router],
         description="Documents in, ranked answers out.",
     )

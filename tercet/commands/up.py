@@ -118,7 +118,7 @@ async def _show_demo(stack: LocalStack, options: _Options, started: float) -> No
 def _say_addresses(stack: LocalStack) -> None:
     urls = stack.urls
     rows = [
-        ("search", f"{urls['search']}/search?q=run+a+coroutine+with+a+timeout"),
+        ("search", f"{urls['search']}/?q=run+a+coroutine+with+a+timeout"),
         ("API", f"{urls['search']}/docs"),
         ("embedding", f"{urls['embedding']}/docs"),
         ("rerank", f"{urls['rerank']}/docs"),

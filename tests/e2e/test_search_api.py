@@ -247,6 +247,16 @@ async def test_ten_megabytes_of_documents_are_one_write(http: httpx2.AsyncClient
     assert (await http.get("/collections/big/documents/big9")).json()["text"] == documents[9]["text"]
 
 
+async def test_the_search_page_is_served(http: httpx2.AsyncClient):
+    """`/` is a page that needs nothing from elsewhere, and may load nothing from elsewhere."""
+    reply = await http.get("/")
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+    assert "http://" not in reply.text
+    assert "https://" not in reply.text
+
+
 async def test_status_and_health(http: httpx2.AsyncClient):
     """`/status`, `/livez`, `/readyz` and `/metrics` answer; series exist before they are used."""
     status = (await http.get("/status")).json()
