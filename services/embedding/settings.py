@@ -26,7 +26,8 @@ class EmbeddingSettings(ModelServiceSettings):
         default="auto", description="`auto`: bf16 where the processor has it and it stays within cosine 0.999 of fp32."
     )
     max_batch_tokens: Annotated[int, Field(ge=512)] = Field(
-        default=8192, description="Most tokens, padding included, that the model computes at once."
+        default=2048,
+        description="Most tokens, padding included, that the model computes at once; a query waits for at most one such batch.",
     )
     max_queue_items: Annotated[int, Field(ge=2048)] = Field(
         default=8192, description="Texts waiting in each lane; beyond it callers get 429."
