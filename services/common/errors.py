@@ -13,7 +13,6 @@ The one error tree. It knows no HTTP: services/common/http_errors.py maps each c
     │   ├── DependencyUnavailable   another service, or Redis
     │   └── NotReady                this service is starting or draining
     ├── DeadlineExceeded       nobody waits for the answer any more
-    ├── ClientGone             the caller disconnected
     └── Internal               our fault
         └── BackendFailed      a model or an index raised
 """
@@ -115,13 +114,6 @@ class DeadlineExceeded(TercetError):
     code = "deadline_exceeded"
     type = "timeout_error"
     retryable = True
-
-
-class ClientGone(TercetError):
-    """The caller disconnected; what was queued for it is dropped."""
-
-    code = "client_closed_request"
-    type = "invalid_request_error"
 
 
 class Internal(TercetError):

@@ -33,7 +33,6 @@ STATUS: dict[type[errors.TercetError], int] = {
     errors.DependencyUnavailable: 503,
     errors.NotReady: 503,
     errors.DeadlineExceeded: 504,
-    errors.ClientGone: 499,
     errors.Internal: 500,
     errors.BackendFailed: 500,
 }
