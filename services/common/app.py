@@ -22,6 +22,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common import deadline as deadlines
+from services.common.breaker import Breaker
 from services.common.deadline import Deadline
 from services.common.errors import NotReady, TercetError
 from services.common.http_errors import JsonRoute, install_error_handlers
@@ -127,6 +128,18 @@ class _StartFailureMiddleware:
             await send(message)
 
         await self._app(scope, receive, explain if scope["type"] == "lifespan" else send)
+
+
+def make_breaker(name: str, settings: ServiceSettings, metrics: Metrics) -> Breaker:
+    """Return a breaker for the dependency *name*, set as *settings* say, its state in the metrics."""
+    return Breaker(
+        name,
+        window_s=settings.breaker_window_s,
+        min_calls=settings.breaker_min_calls,
+        failure_ratio=settings.breaker_failure_ratio,
+        reset_s=settings.breaker_reset_s,
+        on_state=metrics.breaker_state.labels(name).set,
+    )
 
 
 def service_of(request: Request) -> Service:

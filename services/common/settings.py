@@ -53,6 +53,22 @@ class ServiceSettings(BaseSettings):
         default=None, description="Write the port listened on into this file once it is bound."
     )
 
+    redis_url: str | None = Field(
+        default=None,
+        validation_alias="REDIS_URL",
+        description="A Redis that processes share: caches and rate limits; each process has its own when unset.",
+    )
+    breaker_window_s: Annotated[float, Field(gt=0)] = Field(
+        default=10.0, description="Breakers look at the calls of this last time."
+    )
+    breaker_failure_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="A breaker opens when this share of them failed."
+    )
+    breaker_min_calls: Annotated[int, Field(ge=1)] = Field(default=3, description="… of at least this many.")
+    breaker_reset_s: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="An open breaker lets a probe through after this time."
+    )
+
     @model_validator(mode="after")
     def _open_network_is_said(self) -> Self:
         if not self.allow_open_network and not _is_loopback(self.listen_host):

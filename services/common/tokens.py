@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+TruncationDirection = Literal["right", "left"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,3 +13,14 @@ class Tokens:
 
     ids: Sequence[int]
     truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPiece:
+    """One token of a text: *start* and *stop* are character offsets, None for a special token that covers nothing."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None

@@ -6,9 +6,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
-from services.common.app import create_service_app
-from services.common.breaker import Breaker
+from services.common.app import create_service_app, make_breaker
 from services.common.http_client import ServiceClient
+from services.common.key_value import KeyValueStore
 from services.common.metrics import Metrics
 from services.search import routes, web
 from services.search.cache import MemoryResultCache, RedisResultCache
@@ -90,20 +90,8 @@ async def _open_shards(settings: SearchSettings, ledger: Ledger, stack: AsyncExi
     return retriever
 
 
-def _breaker(settings: SearchSettings, metrics: Metrics, name: str) -> Breaker:
-    state = metrics.breaker_state.labels(name)
-    return Breaker(
-        name,
-        window_s=settings.breaker_window_s,
-        min_calls=settings.breaker_min_calls,
-        failure_ratio=settings.breaker_failure_ratio,
-        reset_s=settings.breaker_reset_s,
-        on_state=state.set,
-    )
-
-
 def _client(settings: SearchSettings, metrics: Metrics, name: str, url: str, stack: AsyncExitStack) -> ServiceClient:
-    client = ServiceClient(name, url, _breaker(settings, metrics, name))
+    client = ServiceClient(name, url, make_breaker(name, settings, metrics))
     stack.push_async_callback(client.aclose)
     return client
 
@@ -111,9 +99,8 @@ def _client(settings: SearchSettings, metrics: Metrics, name: str, url: str, sta
 def _open_cache(settings: SearchSettings, metrics: Metrics) -> ResultCache:
     if settings.redis_url is None:
         return MemoryResultCache(max_bytes=settings.cache_bytes, ttl_s=settings.cache_ttl_s)
-    return RedisResultCache(
-        settings.redis_url, ttl_s=settings.cache_ttl_s, breaker=_breaker(settings, metrics, "redis")
-    )
+    store = KeyValueStore(settings.redis_url, make_breaker("redis", settings, metrics))
+    return RedisResultCache(store, ttl_s=settings.cache_ttl_s)
 
 
 def create_app(settings: SearchSettings) -> FastAPI:

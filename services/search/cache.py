@@ -6,17 +6,13 @@ from collections import OrderedDict
 
 import orjson
 import structlog
-from redis import asyncio as redis_asyncio
-from redis.exceptions import RedisError, ResponseError
 
-from services.common.breaker import Breaker
-from services.common.errors import DependencyUnavailable
+from services.common.key_value import KeyValueStore
 from services.search.ports import CacheEntry
 
 log = structlog.get_logger(__name__)
 
 KEY_PREFIX = "tercet:result:"
-REDIS_TIMEOUT_S = 0.25
 
 
 class MemoryResultCache:
@@ -69,30 +65,20 @@ def _size(key: str, entry: CacheEntry) -> int:
 
 
 class RedisResultCache:
-    """Entries in Redis with a time to live; while Redis fails, a breaker makes every call a quick miss."""
+    """Entries in *store* with a time to live; while it fails, every call is a quick miss."""
 
-    def __init__(self, url: str, *, ttl_s: float, breaker: Breaker) -> None:
-        self._redis = redis_asyncio.Redis.from_url(
-            url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S, max_connections=64
-        )
+    def __init__(self, store: KeyValueStore, *, ttl_s: float) -> None:
+        self._store = store
         self._ttl_ms = int(ttl_s * 1000)
-        self._breaker = breaker
-        self._answers = True
 
     @property
     def available(self) -> bool:
         """Whether Redis answered when it was last asked."""
-        return self._answers
+        return self._store.available
 
     async def get(self, key: str) -> CacheEntry | None:
         """See ResultCache; what cannot be read as an entry is a miss too."""
-        try:
-            async with self._breaker.guard():
-                raw = await self._read(KEY_PREFIX + key)
-        except (RedisError, OSError, DependencyUnavailable):
-            self._answers = False
-            return None
-        self._answers = True
+        raw = await self._store.attempt(lambda redis: redis.get(KEY_PREFIX + key))
         if not isinstance(raw, bytes):
             return None
         head, _, body = raw.partition(b"\n")
@@ -103,24 +89,11 @@ class RedisResultCache:
             log.warning("cache_entry_unreadable", key=key)
             return None
 
-    async def _read(self, key: str) -> object:
-        try:
-            return await self._redis.get(key)
-        except ResponseError as error:
-            if str(error).startswith("WRONGTYPE"):  # Somebody else's key; Redis is well.
-                return None
-            raise
-
     async def put(self, key: str, entry: CacheEntry) -> None:
         """See ResultCache."""
         raw = orjson.dumps([entry.as_of, entry.created_at]) + b"\n" + entry.body
-        try:
-            async with self._breaker.guard():
-                await self._redis.set(KEY_PREFIX + key, raw, px=self._ttl_ms)
-        except (RedisError, OSError, DependencyUnavailable) as error:
-            self._answers = False
-            log.debug("cache_put_failed", error=type(error).__name__)
+        await self._store.attempt(lambda redis: redis.set(KEY_PREFIX + key, raw, px=self._ttl_ms))
 
     async def aclose(self) -> None:
         """Close connections."""
-        await self._redis.aclose()
+        await self._store.aclose()

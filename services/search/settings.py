@@ -21,9 +21,6 @@ class SearchSettings(ServiceSettings):
     data_dir: Path = Field(default=Path(".tercet/search"), description="Where the ledger and the shards live.")
     embedding_url: str = Field(default="http://127.0.0.1:8001", description="The embedding service.")
     rerank_url: str = Field(default="http://127.0.0.1:8002", description="The rerank service.")
-    redis_url: str | None = Field(
-        default=None, validation_alias="REDIS_URL", description="Result cache in Redis; in this process when unset."
-    )
     default_collection: CollectionName = Field(
         default="default", description="The collection of a search that names none."
     )
@@ -56,13 +53,3 @@ class SearchSettings(ServiceSettings):
         default=64 * 1024 * 1024, description="Memory for results cached in this process; 0 keeps none."
     )
     cache_ttl_s: Annotated[float, Field(gt=0)] = Field(default=300.0, description="Cached results live this long.")
-    breaker_window_s: Annotated[float, Field(gt=0)] = Field(
-        default=10.0, description="Breakers look at the calls of this last time."
-    )
-    breaker_failure_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.5, description="A breaker opens when this share of them failed."
-    )
-    breaker_min_calls: Annotated[int, Field(ge=1)] = Field(default=3, description="… of at least this many.")
-    breaker_reset_s: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="An open breaker lets a probe through after this time."
-    )

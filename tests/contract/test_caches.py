@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from services.common.breaker import Breaker
+from services.common.key_value import KeyValueStore
 from services.search.cache import KEY_PREFIX, MemoryResultCache, RedisResultCache
 from services.search.ports import CacheEntry, ResultCache
 from tests.contract.cache_contract import ResultCacheContract, key, make_entry
@@ -89,7 +90,7 @@ class RedisContract(ResultCacheContract):
     url: str
 
     async def open(self, *, ttl_s: float) -> ResultCache:
-        return RedisResultCache(self.url, ttl_s=ttl_s, breaker=Breaker("redis"))
+        return RedisResultCache(KeyValueStore(self.url, Breaker("redis")), ttl_s=ttl_s)
 
     @pytest.mark.parametrize(
         "value",
@@ -153,7 +154,7 @@ class TestRedisResultCache(RedisContract):
         self, redis_server: RedisServer, breaker: Breaker, key: str
     ) -> None:
         """Killed in the middle, Redis gives misses and no error; the breaker stops asking; started again, it is used again."""
-        cache = RedisResultCache(redis_server.url, ttl_s=60.0, breaker=breaker)
+        cache = RedisResultCache(KeyValueStore(redis_server.url, breaker), ttl_s=60.0)
         entry = make_entry()
         await cache.put(key, entry)
         assert await cache.get(key) == entry
@@ -184,7 +185,7 @@ class TestRedisResultCache(RedisContract):
 
         async with await asyncio.start_server(hold, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
-            cache = RedisResultCache(f"redis://127.0.0.1:{port}/0", ttl_s=60.0, breaker=breaker)
+            cache = RedisResultCache(KeyValueStore(f"redis://127.0.0.1:{port}/0", breaker), ttl_s=60.0)
             async with asyncio.timeout(PATIENCE_S):
                 for _ in range(3):
                     assert await cache.get(key) is None
