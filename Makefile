@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 VENV ?= .venv
+CLIENTS_VENV ?= .venv-clients
 # Where torch comes from. Linux's default wheel of torch brings CUDA (gigabytes); for the CPU-only one:
 #   make run TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 TORCH_INDEX_URL ?=
@@ -11,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test check unit demo-eval docs install clean
+.PHONY: help run test test-clients check unit demo-eval docs bench-embedding bench-peers install clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -19,8 +20,11 @@ help: ## List the targets
 run: $(VENV)/.installed ## Start the three services, index the demo corpus, print an answered question
 	@exec $(BIN)/tercet up --demo
 
-test: check ## The whole check: lint, types, import rules, tests
+test: check $(CLIENTS_VENV)/.installed ## The whole check: lint, types, import rules, tests
 	$(BIN)/python -m pytest
+
+test-clients: $(VENV)/.installed-test $(CLIENTS_VENV)/.installed ## Other people's clients against a running embedding service
+	$(BIN)/python -m pytest tests/contract/test_openai_client.py tests/contract/test_tei_clients.py tests/contract/test_plain_dialects.py
 
 check: $(VENV)/.installed-test ## Lint, types and import rules
 	$(BIN)/ruff format --check .
@@ -36,6 +40,24 @@ demo-eval: $(VENV)/.installed ## MRR@10 of the twenty demo questions, by mode
 
 docs: $(VENV)/.installed ## Write docs/settings.md from the settings classes
 	$(BIN)/python -m tests.conventions.settings_doc
+
+INFINITY := benchmarks/peers/infinity
+
+bench-embedding: $(VENV)/.installed-bench $(INFINITY)/.venv/.installed ## Measure the embedding service beside its peers (NOTE='what changed' BENCH=--quick)
+	@exec $(BIN)/python -m benchmarks.embedding --note '$(NOTE)' $(BENCH)
+
+$(VENV)/.installed-bench: $(VENV)/.installed-test
+	@$(PIP) install -q -e '.[bench]' -c constraints.txt
+	@touch $@
+
+bench-peers: $(INFINITY)/.venv/.installed ## Install the peers that we measure beside, in environments of their own
+
+$(INFINITY)/.venv/.installed: $(INFINITY)/requirements.txt
+	@echo "Installing Infinity into $(@D); this takes a few minutes"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install -q $(TORCH) $(TORCH_FROM)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install -q $(TORCH) -r $<
+	@touch $@
 
 install: $(VENV)/.installed ## Create .venv and install Tercet with pinned dependencies
 
@@ -54,5 +76,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) install -q -e '.[test]' -c constraints.txt
 	@touch $@
 
+$(CLIENTS_VENV)/.installed: tests/contract/clients/requirements.txt
+	@echo "Installing the clients that cannot live beside the product into $(CLIENTS_VENV)"
+	@$(PYTHON) -m venv $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install -q -r $<
+	@touch $@
+
 clean: ## Remove the environment, caches and local data
-	rm -rf $(VENV) .tercet .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(CLIENTS_VENV) .tercet .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -8,7 +8,8 @@ from typer.core import TyperGroup
 
 from tercet import __version__
 from tercet.client import TercetClientError
-from tercet.commands import demo, evaluate, index, search, status, up
+from tercet.commands import demo, evaluate, export, fit_pca, index, keys, search, status, up
+from tercet.commands.offline import PASS_ON
 from tercet.console import fail, flush, say
 from tercet.evaluation import DatasetError
 from tercet.ingest import IngestError
@@ -61,6 +62,9 @@ app.command("search")(search.search)
 app.command("status")(status.status)
 app.command("eval")(evaluate.evaluate)
 app.command("demo-eval")(demo.demo_eval)
+app.command("export", context_settings=PASS_ON)(export.export)
+app.command("fit-pca", context_settings=PASS_ON)(fit_pca.fit_pca)
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

@@ -46,6 +46,8 @@ class TercetClient:
     """
     The search service at *base_url*; use it as an async context manager, or close it with `aclose`.
 
+    *api_key* is sent with every request, if there is one.
+
     Every method raises TercetApiError for an error answer and TercetUnreachable where there is none.
     """
 
@@ -53,14 +55,18 @@ class TercetClient:
         self,
         base_url: str = DEFAULT_URL,
         *,
+        api_key: str | None = None,
         timeout_s: float = 60.0,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
+        self.key_headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout_s = timeout_s
         # Proxies are for the world outside; what this talks to is one's own.
         try:
-            self._http = httpx2.AsyncClient(base_url=self.base_url, transport=transport, trust_env=False)
+            self._http = httpx2.AsyncClient(
+                base_url=self.base_url, headers=self.key_headers, transport=transport, trust_env=False
+            )
         except httpx2.InvalidURL as error:
             raise TercetClientError(f"{self.base_url!r} is not an http address: {error}") from None
 

@@ -20,8 +20,9 @@ class TercetApiError(TercetClientError):
     """The service's own error: its HTTP *status* and what its envelope says."""
 
     def __init__(self, status: int, error: ErrorBody, *, retry_after_s: float | None = None) -> None:
+        hint = "; give one with --api-key or TERCET_API_KEY" if status == 401 else ""
         details = [f"HTTP {status}"] + ([f"request {error.request_id}"] if error.request_id else [])
-        super().__init__(f"{error.message} ({', '.join(details)})")
+        super().__init__(f"{error.message} ({', '.join(details)}){hint}")
         self.status = status
         self.code = error.code
         self.message = error.message

@@ -72,8 +72,9 @@ class LocalStack:
     """
     Embedding, rerank and search on this machine; use it as an async context manager, or `start` and `stop` it.
 
-    *environ* is what the services inherit; addresses, the data folder and JSON logs are filled in. *host* is search's
-    address; the other two listen on loopback unless their variables say otherwise. *commands* replaces what is run.
+    *environ* is what the services inherit; addresses, the data folder and JSON logs are filled in. *api_key* is the key of
+    all three, where their variables name no other. *host* is search's address; the other two listen on loopback unless
+    their variables say otherwise. *commands* replaces what is run.
     *on_event* hears of every start, readiness, exit and restart.
     """
 
@@ -84,6 +85,7 @@ class LocalStack:
         environ: Mapping[str, str],
         ports: Ports = Ports(),
         host: str = LOOPBACK,
+        api_key: str | None = None,
         commands: Mapping[str, Sequence[str]] | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
         ready_timeout_s: float = 300.0,
@@ -94,6 +96,7 @@ class LocalStack:
         self._environ = environ
         self._ports = ports
         self._host = host
+        self._api_key = api_key
         self._commands = commands or {name: service_command(name) for name in SERVICES}
         self._on_event = on_event
         self._ready_timeout_s = ready_timeout_s
@@ -200,7 +203,12 @@ class LocalStack:
 
     def _service_environ(self, name: str, host: str, port: int, urls: Mapping[str, str]) -> dict[str, str]:
         prefix = name.upper()
-        environ = {f"{prefix}_LOG_FORMAT": "json"} | dict(self._environ)
+        filled_in = {f"{prefix}_LOG_FORMAT": "json"}
+        if self._api_key:
+            filled_in |= {f"{prefix}_API_KEY": self._api_key}
+            if name == "search":
+                filled_in["SEARCH_PEER_API_KEY"] = self._api_key
+        environ = filled_in | dict(self._environ)
         environ |= {f"{prefix}_LISTEN_HOST": host, f"{prefix}_LISTEN_PORT": str(port)}
         if name == "search":
             environ |= {

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -18,21 +18,30 @@ import structlog
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common import deadline as deadlines
+from services.common.auth import ALL, SERVICE_SCOPE, limits_of, open_key_ring
 from services.common.breaker import Breaker
 from services.common.deadline import Deadline
+from services.common.direct_routes import DirectRoutes
 from services.common.errors import NotReady, TercetError
-from services.common.http_errors import JsonRoute, install_error_handlers
+from services.common.governor import Governor
+from services.common.headers import header
+from services.common.http_errors import DialectTable, JsonRoute, install_error_handlers
+from services.common.http_protocol import OneWriteProtocol
+from services.common.key_value import KeyValueStore
 from services.common.logs import configure_logs
 from services.common.metrics import Metrics
+from services.common.middleware.access import AccessMiddleware
 from services.common.middleware.body_limit import BodyLimitMiddleware
 from services.common.middleware.disconnect import DisconnectMiddleware
 from services.common.middleware.request_context import RequestContextMiddleware
+from services.common.middleware.tracing import TracingMiddleware, open_spans
 from services.common.model_files import ModelNotFound
 from services.common.settings import ServiceSettings, SettingsError, read_settings
+from services.common.tracing import annotate, under
 from services.common.wire.errors import ErrorEnvelope
 
 log = structlog.get_logger(__name__)
@@ -58,6 +67,7 @@ class Service:
         self.resources: Resources | None = None
         self.draining = False
         self.start_failure: str | None = None
+        self.asks_for_keys = False
 
     def not_ready_because(self) -> list[str]:
         """Return why requests should go elsewhere; empty when they need not."""
@@ -75,16 +85,32 @@ def create_service_app(
     routers: Sequence[APIRouter],
     *,
     description: str,
+    dialects: Mapping[str, str] | None = None,
+    needs: Callable[[str, str], str] | None = None,
 ) -> FastAPI:
-    """Return the ASGI app of service *name*; nothing is loaded before its lifespan starts."""
+    """
+    Return the ASGI app of service *name*; nothing is loaded before its lifespan starts.
+
+    *dialects* names, for a path's prefix, the dialect of http_errors.DIALECTS in which its errors are written. *needs*
+    tells the scope that an API key needs for a method and path, if not the service's own for all.
+
+    Raises:
+        SettingsError: The file of API keys cannot be read, or traces are wanted and OpenTelemetry is not installed.
+    """
     metrics = Metrics(name)
     service = Service(name, settings, metrics)
+    governor = _open_governor(service)
+    spans = open_spans(name, settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if spans is not None:
+                stack.push_async_callback(spans.aclose)
+            stack.push_async_callback(governor.aclose)
             try:
-                service.resources = await stack.enter_async_context(build(settings, metrics))
+                with under(spans.root("start") if spans is not None else None):
+                    service.resources = await stack.enter_async_context(build(settings, metrics))
             except (TercetError, ModelNotFound) as error:
                 service.start_failure = str(error)
                 raise
@@ -94,40 +120,93 @@ def create_service_app(
             finally:
                 service.draining = True
 
-    app = FastAPI(
+    app = ServiceApp(
         title=f"Tercet {name}",
         description=description,
         lifespan=lifespan,
         responses={"4XX": {"model": ErrorEnvelope}, "5XX": {"model": ErrorEnvelope}},
-        middleware=[
-            Middleware(_StartFailureMiddleware, service=service),
-            Middleware(RequestContextMiddleware, metrics=metrics),
-            Middleware(DisconnectMiddleware),
-            Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes),
-        ],
     )
     app.state.service = service
     install_error_handlers(app)
-    app.include_router(_health_router())
-    for router in routers:
+    all_routers = [_health_router(), *routers]
+    for router in all_routers:
         app.include_router(router)
+    routes = DirectRoutes(app.serve_by_framework, [route for router in all_routers for route in router.routes])
+    wrapped = _wrap(routes, service, DialectTable(dialects or {}), governor, needs)
+    app.serve_http = wrapped if spans is None else TracingMiddleware(wrapped, spans)
     return app
 
 
-class _StartFailureMiddleware:
-    """Says in one line why the service could not start, where the framework would log a traceback."""
+class ServiceApp(FastAPI):
+    """FastAPI's app with our layers around all of its own: what they decide costs none of its work."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._service = service
+    serve_http: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan."""
+        if scope["type"] == "http":
+            scope["app"] = self
+            await self.serve_http(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, self._explaining(send))
+
+    async def serve_by_framework(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request by FastAPI's routing."""
+        await super().__call__(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document, which asks for a key where the service does."""
+        document = super().openapi()
+        if self.state.service.asks_for_keys:
+            schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+            schemes["bearer"] = {"type": "http", "scheme": "bearer"}
+            schemes["apiKey"] = {"type": "apiKey", "in": "header", "name": "api-key"}
+            document["security"] = [{"bearer": []}, {"apiKey": []}]
+        return document
+
+    def _explaining(self, send: Send) -> Send:
+        """Say in one line why the service could not start, where the framework would log a traceback."""
+
         async def explain(message: Message) -> None:
-            if message["type"] == "lifespan.startup.failed" and self._service.start_failure:
-                message["message"] = f"Cannot start: {self._service.start_failure}"
+            failure = self.state.service.start_failure
+            if message["type"] == "lifespan.startup.failed" and failure:
+                message["message"] = f"Cannot start: {failure}"
             await send(message)
 
-        await self._app(scope, receive, explain if scope["type"] == "lifespan" else send)
+        return explain
+
+
+def _wrap(
+    app: ASGIApp,
+    service: Service,
+    dialects: DialectTable,
+    governor: Governor,
+    needs: Callable[[str, str], str] | None,
+) -> ASGIApp:
+    """Return *app* in our middleware: the request's context outermost, then access, disconnects, the body's limit."""
+    settings = service.settings
+    app = BodyLimitMiddleware(app, settings.max_body_bytes)
+    app = DisconnectMiddleware(app)
+    keys, usual = open_key_ring(settings), limits_of(settings)
+    service.asks_for_keys = keys is not None
+    if keys is not None or usual.any:
+        scope_of = needs or (lambda _method, _path: SERVICE_SCOPE.get(service.name, ALL))
+        app = AccessMiddleware(app, keys=keys, governor=governor, usual=usual, needs=scope_of)
+    if settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return RequestContextMiddleware(app, service.metrics, dialects, settings.access_log, settings.slow_request_s)
+
+
+def _open_governor(service: Service) -> Governor:
+    url = service.settings.redis_url
+    store = KeyValueStore(url, make_breaker("redis-limits", service.settings, service.metrics)) if url else None
+    return Governor(service.name, store)
 
 
 def make_breaker(name: str, settings: ServiceSettings, metrics: Metrics) -> Breaker:
@@ -160,8 +239,25 @@ def resources_of(request: Request) -> Any:
 def deadline_of(request: Request) -> Deadline:
     """Return the deadline that the caller sent, or the longest allowed. Raises Malformed for one that is no number."""
     cap_s = service_of(request).settings.max_timeout_s
-    value = request.headers.get(deadlines.HEADER)
-    return Deadline.from_header(value, cap_s=cap_s) if value is not None else Deadline.after(cap_s)
+    value = header(request.scope, deadlines.HEADER.encode())
+    return Deadline.from_header(value.decode("latin-1"), cap_s=cap_s) if value is not None else Deadline.after(cap_s)
+
+
+def caller_of(request: Request) -> str:
+    """Return whose work *request* is: the API key's name where keys are asked for, else the peer's address."""
+    name: str | None = request.scope.get("tercet_caller")
+    if name is not None:
+        return name
+    client = request.scope.get("client")
+    return str(client[0]) if client else ""
+
+
+def charge_tokens(request: Request, tokens: int) -> None:
+    """Debit the *tokens* that *request* took from its caller's allowance, if any, and note them in its trace. Never raises."""
+    annotate({"tercet.tokens": tokens})
+    charge = request.scope.get("tercet_charge")
+    if charge is not None:
+        charge(tokens)
 
 
 def _health_router() -> APIRouter:
@@ -222,6 +318,9 @@ def serve(app: FastAPI) -> int:
         timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
         timeout_keep_alive=75,
         lifespan="on",
+        http=OneWriteProtocol,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
     )
     server = _Server(config, service)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
@@ -233,11 +332,12 @@ def run_service(name: str, settings_class: type[S], create_app: Callable[[S], Fa
     """The body of every service's `__main__`: read settings, log, serve, exit."""
     try:
         settings = read_settings(settings_class, os.environ)
+        configure_logs(name, level=settings.log_level, log_format=settings.log_format)
+        app = create_app(settings)
     except SettingsError as error:
         sys.stderr.write(f"{name}: the settings are wrong\n{error}\n")
         raise SystemExit(2) from None
-    configure_logs(name, level=settings.log_level, log_format=settings.log_format)
     # uvicorn re-raises the signal that stopped it once it is done; a clean stop has exit status 0 all the same.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    raise SystemExit(serve(create_app(settings)))
+    raise SystemExit(serve(app))

@@ -3,18 +3,26 @@ The one error tree. It knows no HTTP: services/common/http_errors.py maps each c
 
     TercetError
     ├── Malformed              the request cannot be read at all
+    ├── Unauthenticated        no API key came with it, or one that is not known
+    ├── Forbidden              the API key is known and may not do this
     ├── InvalidInput           it can be read and a field is wrong
-    ├── TooLarge               a body, batch or text is over a limit
+    │   ├── EmptyInput             there is nothing to work on: no text, or an empty one
+    │   ├── ContextTooLong         a text has more tokens than the model reads, and may not be cut
+    │   └── NotTokenizable         the tokenizer cannot take a text, or ids that its vocabulary lacks
+    ├── TooLarge               a batch or text is over a limit
+    │   └── BodyTooLarge           the body is, whatever it holds
     ├── NotFound               a collection, document, model or route does not exist
     ├── NotAllowed             the route exists and does not take this method
     ├── Conflict               the state of the thing forbids the operation
     ├── Overloaded             a queue is full; try again
+    │   └── RateLimited            the caller used up what it is allowed for now
     ├── Unavailable            something needed is not there now
     │   ├── DependencyUnavailable   another service, or Redis
     │   └── NotReady                this service is starting or draining
     ├── DeadlineExceeded       nobody waits for the answer any more
     └── Internal               our fault
         └── BackendFailed      a model or an index raised
+            └── OutOfMemory        the device has no room for this work now
 """
 
 from typing import ClassVar
@@ -46,6 +54,20 @@ class Malformed(TercetError):
     type = "invalid_request_error"
 
 
+class Unauthenticated(TercetError):
+    """An API key is needed: none came, or one that is not known."""
+
+    code = "unauthenticated"
+    type = "authentication_error"
+
+
+class Forbidden(TercetError):
+    """The API key is known, and does not have the scope that this needs."""
+
+    code = "forbidden"
+    type = "permission_error"
+
+
 class InvalidInput(TercetError):
     """A field is missing, unknown, of the wrong type or out of its range."""
 
@@ -53,11 +75,33 @@ class InvalidInput(TercetError):
     type = "invalid_request_error"
 
 
+class EmptyInput(InvalidInput):
+    """There is nothing to work on: no text at all, or an empty one."""
+
+    code = "empty_input"
+
+
+class ContextTooLong(InvalidInput):
+    """A text has more tokens than the model reads, and the caller asked that nothing be cut off."""
+
+    code = "context_too_long"
+
+
+class NotTokenizable(InvalidInput):
+    """The tokenizer cannot take a text, or token ids are not in its vocabulary."""
+
+    code = "not_tokenizable"
+
+
 class TooLarge(TercetError):
-    """The body, the batch or a text is over its limit."""
+    """The batch or a text is over its limit."""
 
     code = "too_large"
     type = "invalid_request_error"
+
+
+class BodyTooLarge(TooLarge):
+    """The body is over its limit, whatever it holds."""
 
 
 class NotFound(TercetError):
@@ -87,6 +131,12 @@ class Overloaded(TercetError):
     code = "overloaded"
     type = "rate_limit_error"
     retryable = True
+
+
+class RateLimited(Overloaded):
+    """The caller used up its requests or tokens; *retry_after_s* is when it may come again."""
+
+    code = "rate_limited"
 
 
 class Unavailable(TercetError):
@@ -126,3 +176,10 @@ class BackendFailed(Internal):
     """A model or an index raised while it worked on this request."""
 
     code = "backend_failed"
+
+
+class OutOfMemory(BackendFailed):
+    """The device has no room for this work now, not even in small batches; later it may."""
+
+    code = "out_of_memory"
+    retryable = True

@@ -17,6 +17,7 @@ from services.common import deadline as deadlines
 from services.common import errors
 from services.common.breaker import Breaker, NotAFailure
 from services.common.deadline import Deadline
+from services.common.tracing import inject, span
 from services.common.wire.errors import ErrorEnvelope
 
 Reply = TypeVar("Reply", bound=BaseModel)
@@ -46,7 +47,7 @@ class _PeerRefused(NotAFailure):
 
 
 class ServiceClient:
-    """One peer service at *base_url*. Close it with `aclose`."""
+    """One peer service at *base_url*, which is sent *api_key* if there is one. Close it with `aclose`."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class ServiceClient:
         base_url: str,
         breaker: Breaker,
         *,
+        api_key: str | None = None,
         max_connections: int = 64,
         retries: int = 1,
         transport: httpx2.AsyncBaseTransport | None = None,
@@ -64,6 +66,7 @@ class ServiceClient:
         self._retries = retries
         self._http = httpx2.AsyncClient(
             base_url=base_url,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else None,
             transport=transport,
             trust_env=False,
             limits=httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
@@ -95,7 +98,9 @@ class ServiceClient:
             deadline.check(f"a call to {self.name}")
             try:
                 async with self.breaker.guard():
-                    return await self._once(method, path, reply, content, deadline, answer_by or deadline)
+                    with span(f"{method} {path}", "client") as sent:
+                        sent.set({"http.request.method": method, "url.path": path, "tercet.peer": self.name})
+                        return await self._once(method, path, reply, content, deadline, answer_by or deadline)
             except _PeerRefused as refused:
                 raise refused.error from None
             except errors.DependencyUnavailable:
@@ -117,6 +122,7 @@ class ServiceClient:
         request_id = structlog.contextvars.get_contextvars().get("request_id")
         if request_id:
             headers["x-request-id"] = str(request_id)
+        inject(headers)
         timeout = httpx2.Timeout(remaining_s, connect=min(remaining_s or CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S))
         try:
             # httpx's time-outs are per socket operation; a peer that drips bytes is ended by the outer one.
@@ -134,7 +140,7 @@ class ServiceClient:
                 return reply.model_validate(orjson.loads(raw))
             except (orjson.JSONDecodeError, ValidationError):
                 raise errors.DependencyUnavailable(f"{self.name} sent an answer that cannot be read") from None
-        raise self._verdict(response.status_code, raw, remaining_s)
+        raise self._verdict(response, raw, remaining_s)
 
     async def _read(self, response: httpx2.Response) -> bytes:
         chunks, size = [], 0
@@ -149,7 +155,8 @@ class ServiceClient:
         late = errors.DeadlineExceeded(message)
         return _PeerRefused(late) if given_s is not None and given_s < FAIR_TIME_S else late
 
-    def _verdict(self, status: int, raw: bytes, given_s: float | None) -> Exception:
+    def _verdict(self, response: httpx2.Response, raw: bytes, given_s: float | None) -> Exception:
+        status = response.status_code
         try:
             body = ErrorEnvelope.model_validate_json(raw).error
             message, param = body.message, body.param
@@ -160,7 +167,9 @@ class ServiceClient:
         kind = _CALLERS_FAULT.get(status)
         if kind is None:
             return errors.DependencyUnavailable(f"{self.name}: {message}")
-        return _PeerRefused(kind(f"{self.name}: {message}", param=param))
+        after = response.headers.get("retry-after", "")
+        retry_after_s = float(after) if after.isdigit() else None
+        return _PeerRefused(kind(f"{self.name}: {message}", param=param, retry_after_s=retry_after_s))
 
     async def aclose(self) -> None:
         """Close all connections."""

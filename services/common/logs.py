@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line with the request id, or readable lines on a terminal. Query text is never logged."""
+"""Structured logs: a JSON object a line with the ids of request and trace, or readable lines on a terminal; never query text."""
 
 import logging
 import sys
@@ -7,12 +7,15 @@ from typing import Literal
 import orjson
 import structlog
 
+from services.common.tracing import current_ids
+
 
 def configure_logs(service: str, *, level: str, log_format: Literal["auto", "json", "console"]) -> None:
     """Route structlog and the standard library's logging to stderr in one format."""
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _name_trace,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -44,6 +47,13 @@ def configure_logs(service: str, *, level: str, log_format: Literal["auto", "jso
     root.setLevel(level.upper())
     for noisy in ("httpx2", "httpcore2", "sentence_transformers", "transformers", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _name_trace(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    ids = current_ids()
+    if ids is not None:
+        event["trace_id"], event["span_id"] = ids
+    return event
 
 
 def _name_service(service: str) -> structlog.typing.Processor:

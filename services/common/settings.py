@@ -9,10 +9,10 @@ import difflib
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 S = TypeVar("S", bound="ServiceSettings")
 
@@ -32,8 +32,39 @@ class ServiceSettings(BaseSettings):
     )
     allow_open_network: bool = Field(
         default=False,
-        description="Allow listening beyond this machine, where anybody who reaches the port may use it.",
+        description="Allow listening beyond this machine without API keys: anybody who reaches the port may use it.",
     )
+    api_key: SecretStr | None = Field(default=None, description="One API key, as plain text, that may do everything.")
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="JSON list of API keys as `tercet keys new` prints them: `name`, `sha256`, `scopes` of `search`, "
+        "`embed`, `rerank`, `write` and `admin`, and rates of their own. Read at start.",
+    )
+    requests_per_s: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Requests that each API key (without keys: each address) may send; 0 is no limit."
+    )
+    requests_burst: Annotated[int, Field(ge=1)] = Field(
+        default=50, description="… and how many at once before that rate holds."
+    )
+    tokens_per_s: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Model tokens that each key or address may use, counted afterwards; 0 is no limit."
+    )
+    tokens_burst: Annotated[int, Field(ge=1)] = Field(
+        default=100_000, description="… and how many at once before that rate holds."
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Origins whose pages may call this service from a browser, with commas; `*` is all."
+    )
+    trusted_proxies: str = Field(
+        default="",
+        description="Addresses, with commas, of proxies whose X-Forwarded-For and -Proto are believed; `*` is all.",
+    )
+    access_log: Literal["all", "slow", "errors"] = Field(
+        default="slow",
+        description="Which requests are logged: `errors` those with a 5xx answer; `slow` also those that took longer "
+        "than the next setting; `all`.",
+    )
+    slow_request_s: Annotated[float, Field(gt=0)] = Field(default=1.0, description="A request over this is slow.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe level logged."
     )
@@ -51,6 +82,19 @@ class ServiceSettings(BaseSettings):
     )
     port_file: Path | None = Field(
         default=None, description="Write the port listened on into this file once it is bound."
+    )
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^/]+")] | None = Field(
+        default=None,
+        description="Send traces to the OpenTelemetry collector at this address (OTLP over HTTP, such as "
+        "http://localhost:4318); unset, nothing is traced. Needs `pip install 'tercet[otel]'`.",
+    )
+    otlp_service_name: str | None = Field(
+        default=None, description="The service's name in traces; `tercet-` and the service when unset."
+    )
+    trace_sample_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0,
+        description="Share of the requests that is traced; one whose caller sent `traceparent` is traced if the "
+        "caller's own is.",
     )
 
     redis_url: str | None = Field(
@@ -71,13 +115,19 @@ class ServiceSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _open_network_is_said(self) -> Self:
-        if not self.allow_open_network and not _is_loopback(self.listen_host):
+        has_keys = self.api_key is not None or self.api_keys_file is not None
+        if not (has_keys or self.allow_open_network or _is_loopback(self.listen_host)):
             prefix = self.model_config.get("env_prefix", "")
             raise ValueError(
                 f"{prefix}LISTEN_HOST={self.listen_host} can be reached from other machines, without authentication; "
-                f"set {prefix}ALLOW_OPEN_NETWORK=true if that is meant"
+                f"set {prefix}API_KEY or {prefix}API_KEYS_FILE, or {prefix}ALLOW_OPEN_NETWORK=true if that is meant"
             )
         return self
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 class ModelServiceSettings(ServiceSettings):
@@ -85,6 +135,17 @@ class ModelServiceSettings(ServiceSettings):
 
     model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="Where the model runs.")
+    runtime: Literal["auto", "torch", "openvino"] = Field(
+        default="auto",
+        description="What computes the model; `auto`: on a CPU the faster one, measured at the first start and kept.",
+    )
+    inference_threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=0, description="Threads that compute; 0: all cores that the process may use."
+    )
+    model_cache_dir: Path | None = Field(
+        default=None,
+        description="Where converted models and measured choices are kept; `~/.cache/tercet` when unset.",
+    )
     tokenizer_threads: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Threads that tokenise.")
     hang_s: Annotated[float, Field(gt=0)] = Field(
         default=60.0, description="A batch that runs longer means the worker hangs: waiters fail and /livez turns red."
@@ -142,6 +203,6 @@ def settings_table(settings_class: type[ServiceSettings]) -> str:
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for variable, name in variable_names(settings_class).items():
         field = settings_class.model_fields[name]
-        default = "" if field.default is None else f"`{field.default}`"
+        default = "" if field.default in (None, "", ()) else f"`{field.default}`"
         rows.append(f"| `{variable}` | {default} | {field.description} |")
     return "\n".join(rows)

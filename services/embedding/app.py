@@ -1,61 +1,115 @@
 """The composition root: settings to resources to the ASGI app."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from functools import partial
 
 from fastapi import FastAPI
 
-from services.common.app import create_service_app
-from services.common.batching import Lane
-from services.common.batching.metrics import observe_batches
-from services.common.deadline import NO_DEADLINE
+from services.common.app import create_service_app, make_breaker
+from services.common.key_value import KeyValueStore
 from services.common.metrics import Metrics
+from services.common.tracing import span
 from services.embedding import routes
-from services.embedding.dialects import openai
+from services.embedding.cache import MemoryVectorCache, RedisVectorCache
+from services.embedding.dialects import api_v1, openai, tei
 from services.embedding.embedder import Embedder
-from services.embedding.models import load_backend
+from services.embedding.metrics import EmbeddingMetrics
+from services.embedding.models import estimate_bytes, load_backends
+from services.embedding.placement import BatchLimits, DeviceTurns
+from services.embedding.ports import Backend, VectorCache
+from services.embedding.registry import ModelRegistry
+from services.embedding.resources import EmbeddingResources
 from services.embedding.settings import EmbeddingSettings
+from services.embedding.specs import ModelSpec, parse_specs
 
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingResources:
-    """What the routes work with."""
-
-    embedder: Embedder
-
-    def problems(self) -> Sequence[str]:
-        """Return why this process should be replaced."""
-        return self.embedder.batcher.problems()
+Load = Callable[[ModelSpec, EmbeddingSettings], Sequence[Backend]]
 
 
 @asynccontextmanager
-async def build(settings: EmbeddingSettings, metrics: Metrics) -> AsyncIterator[EmbeddingResources]:
-    """Load the model, start the batcher and warm it up; stop it at the end."""
-    backend = await asyncio.to_thread(load_backend, settings)
-    embedder = Embedder(
-        backend,
+async def build(
+    settings: EmbeddingSettings, metrics: Metrics, *, load: Load = load_backends
+) -> AsyncIterator[EmbeddingResources]:
+    """Load the pinned models and warm them up; give everything back at the end."""
+    cache = _open_cache(settings, metrics)
+    observer = EmbeddingMetrics(metrics)
+    turns = DeviceTurns()
+    limits = BatchLimits(
         max_batch_tokens=settings.max_batch_tokens,
+        max_batch_items=settings.max_batch_items,
         max_queue_items=settings.max_queue_items,
+        sort_window=settings.sort_window,
         tokenizer_threads=settings.tokenizer_threads,
         hang_s=settings.hang_s,
     )
-    observe_batches(embedder.batcher, metrics, "embedding")
-    await embedder.batcher.start()
+
+    async def start_model(spec: ModelSpec) -> Embedder:
+        embedder = Embedder(
+            await asyncio.to_thread(load, spec, settings),
+            limits,
+            name=spec.public_name,
+            cache=cache,
+            any_dimensions=spec.any_dimensions,
+            max_inputs=settings.max_client_batch,
+            turn_for=turns.of,
+            observer=observer,
+            watch=observer.watch,
+        )
+        try:
+            await embedder.start()
+        except BaseException:
+            await embedder.aclose()
+            raise
+        return embedder
+
+    async def open_model(spec: ModelSpec) -> Embedder:
+        with span("model.load") as loading:
+            loading.set({"tercet.model": spec.public_name})
+            return await start_model(spec)
+
+    models = ModelRegistry(
+        parse_specs(settings.model),
+        open_model,
+        observer=observer,
+        estimate_bytes=lambda spec: estimate_bytes(spec, settings),
+        memory_bytes=settings.model_memory_bytes,
+        idle_unload_s=settings.idle_unload_s,
+        pin_default=settings.pin_default,
+        max_concurrent_requests=settings.max_concurrent_requests,
+    )
+    observer.report(models)
     try:
-        await embedder.embed(["warm up"], lane=Lane.QUERY, deadline=NO_DEADLINE)
-        yield EmbeddingResources(embedder)
+        await models.start()
+        yield EmbeddingResources(models, settings)
     finally:
-        await embedder.batcher.aclose()
+        await models.aclose()
+        if cache is not None:
+            await cache.aclose()
 
 
-def create_app(settings: EmbeddingSettings) -> FastAPI:
-    """Return the embedding service's app."""
+def _open_cache(settings: EmbeddingSettings, metrics: Metrics) -> VectorCache | None:
+    if not settings.cache_bytes:
+        return None
+    if settings.redis_url is None:
+        return MemoryVectorCache(max_bytes=settings.cache_bytes, ttl_s=settings.cache_ttl_s)
+    store = KeyValueStore(settings.redis_url, make_breaker("redis", settings, metrics))
+    return RedisVectorCache(store, ttl_s=settings.cache_ttl_s)
+
+
+def create_app(settings: EmbeddingSettings, *, load: Load = load_backends) -> FastAPI:
+    """Return the embedding service's app; *load* makes the backends of a model, in a thread."""
     return create_service_app(
         "embedding",
         settings,
-        build,
-        [routes.router, openai.router],
-        description="Text to vectors: native, and OpenAI-compatible under /v1.",
+        partial(build, load=load),
+        [routes.router, openai.router, tei.router, api_v1.router],
+        description="Text to vectors: native, as OpenAI under /v1, as TEI under /tei, and as two plain services under /api/v1.",
+        dialects={
+            "/v1": "openai",
+            "/tei": "tei",
+            "/tei/v1": "openai",
+            "/tei/embeddings": "openai",
+            "/api/v1": "plain",
+        },
     )

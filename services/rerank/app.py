@@ -12,6 +12,7 @@ from services.common.batching import Lane
 from services.common.batching.metrics import observe_batches
 from services.common.deadline import NO_DEADLINE
 from services.common.metrics import Metrics
+from services.common.tracing import span
 from services.rerank import routes
 from services.rerank.dialects import compatible
 from services.rerank.models import load_backend
@@ -33,7 +34,9 @@ class RerankResources:
 @asynccontextmanager
 async def build(settings: RerankSettings, metrics: Metrics) -> AsyncIterator[RerankResources]:
     """Load the scorer, start the batcher and warm it up; stop it at the end."""
-    backend = await asyncio.to_thread(load_backend, settings)
+    with span("model.load") as loading:
+        loading.set({"tercet.model": settings.model})
+        backend = await asyncio.to_thread(load_backend, settings)
     reranker = Reranker(
         backend,
         max_batch_tokens=settings.max_batch_tokens,

@@ -1,5 +1,6 @@
 """Which backend serves a model's name."""
 
+from services.common.encoders import EncoderOptions
 from services.common.model_files import FAKE_MODEL
 from services.rerank.ports import Backend
 from services.rerank.settings import LATE_INTERACTION, RerankSettings
@@ -22,9 +23,15 @@ def load_backend(settings: RerankSettings) -> Backend:
 
         return LateInteractionBackend(
             settings.model.removeprefix(LATE_INTERACTION),
-            revision=settings.model_revision,
-            precision=settings.precision,
-            device=settings.device,
+            EncoderOptions(
+                measure_apart=True,
+                revision=settings.model_revision,
+                device=settings.device,
+                precision=settings.precision,
+                runtime=settings.runtime,
+                cache_dir=settings.model_cache_dir,
+                threads=settings.inference_threads,
+            ),
             cache_bytes=settings.token_cache_bytes,
             max_tokens=settings.max_tokens,
         )
@@ -35,5 +42,6 @@ def load_backend(settings: RerankSettings) -> Backend:
         revision=settings.model_revision,
         precision=settings.precision,
         device=settings.device,
+        threads=settings.inference_threads,
         max_tokens=settings.max_tokens,
     )

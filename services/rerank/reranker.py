@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from services.common.batching import Batcher, Lane
 from services.common.deadline import Deadline
 from services.common.errors import BackendFailed, NotFound
+from services.common.tracing import record_work
 from services.rerank.ports import Backend, Pair, PreparedPair, ScorerInfo
 
 # Documents are given likeliest first; sorting by length within a short window keeps them roughly so.
@@ -89,7 +90,9 @@ class Reranker:
             Overloaded, BackendFailed, NotReady: As Batcher.submit.
         """
         pairs = [Pair(query, text) for text in texts]
-        done = await self.batcher.submit(pairs, lane=lane, deadline=deadline, allow_partial=allow_partial)
+        # A pair is its own key: equal pairs in flight are scored once.
+        done = await self.batcher.submit(pairs, lane=lane, deadline=deadline, allow_partial=allow_partial, keys=pairs)
+        record_work(done)
         finish = (lambda score: score) if raw else self._backend.to_probability
         return Scored(
             scores=[None if output is None else finish(output[0]) for output in done.outputs],

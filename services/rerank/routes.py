@@ -4,7 +4,7 @@ import time
 
 from fastapi import APIRouter, Request
 
-from services.common.app import deadline_of, resources_of
+from services.common.app import charge_tokens, deadline_of, resources_of
 from services.common.batching import Lane
 from services.common.http_errors import JsonRoute
 from services.common.wire.embedding import ModelCard, ModelList, Timings
@@ -43,6 +43,7 @@ async def rerank(request: Request, body: NativeRerankRequest) -> RerankReply:
         raw=body.raw_scores,
         allow_partial=body.allow_partial,
     )
+    charge_tokens(request, scored.tokens)
     results = []
     for index in scored.ranking()[: body.top_n]:
         score = scored.scores[index]

@@ -24,10 +24,10 @@ class RerankSettings(ModelServiceSettings):
         min_length=1,
         description="`late-interaction/` and an embedding model, or a CrossEncoder's directory or hub id, or `fake`.",
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         default="auto",
-        description="`auto`: late interaction takes bf16 where the processor has it and it stays within cosine 0.999 "
-        "of fp32; a cross-encoder takes fp32.",
+        description="`auto`: late interaction takes the fastest that stays within cosine 0.999 of fp32, never `int8`; "
+        "a cross-encoder takes fp32, and knows no `int8`.",
     )
     max_tokens: Annotated[int, Field(ge=32, le=32_768)] = Field(
         default=256, description="Documents are cut to this many tokens (less if the model reads less)."

@@ -91,7 +91,8 @@ async def _open_shards(settings: SearchSettings, ledger: Ledger, stack: AsyncExi
 
 
 def _client(settings: SearchSettings, metrics: Metrics, name: str, url: str, stack: AsyncExitStack) -> ServiceClient:
-    client = ServiceClient(name, url, make_breaker(name, settings, metrics))
+    key = settings.peer_api_key.get_secret_value() if settings.peer_api_key else None
+    client = ServiceClient(name, url, make_breaker(name, settings, metrics), api_key=key)
     stack.push_async_callback(client.aclose)
     return client
 
@@ -111,4 +112,5 @@ def create_app(settings: SearchSettings) -> FastAPI:
         build,
         [routes.router, web.router],
         description="Documents in, ranked answers out.",
+        needs=routes.scope_needed,
     )

@@ -10,6 +10,7 @@ import orjson
 
 from services.common.deadline import Deadline
 from services.common.errors import DeadlineExceeded, DependencyUnavailable, InvalidInput, TercetError
+from services.common.tracing import span
 from services.common.wire.search import (
     CacheReply,
     Coverage,
@@ -81,7 +82,8 @@ class _Run:
     def timed(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            yield
+            with span(f"search.{stage}"):
+                yield
         finally:
             seconds = time.perf_counter() - started
             self.timings_ms[stage] = round(seconds * 1000, 3)

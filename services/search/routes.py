@@ -8,6 +8,7 @@ from services.common.app import deadline_of, resources_of, service_of
 from services.common.deadline import HEADER, Deadline
 from services.common.http_errors import JsonRoute
 from services.common.wire.base import CollectionName, DocumentId, QueryText
+from services.common.wire.keys import KeyScope
 from services.common.wire.search import (
     CollectionList,
     CollectionReply,
@@ -58,6 +59,13 @@ def search_deadline(request: Request, timeout_ms: int | None) -> Deadline:
 def write_deadline(request: Request) -> Deadline:
     """Return when a write must be acknowledged."""
     return deadline_of(request) if HEADER in request.headers else Deadline.after(settings_of(request).write_timeout_s)
+
+
+def scope_needed(method: str, path: str) -> KeyScope:
+    """Return what an API key needs: `search` to ask and read, `write` to write, `admin` to delete a whole collection."""
+    if method in ("GET", "HEAD", "OPTIONS") or not path.startswith("/collections"):
+        return "search"
+    return "admin" if method == "DELETE" and path.strip("/").count("/") < 2 else "write"
 
 
 @router.post("/search", tags=["search"], summary="Search a collection", response_model_exclude_none=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from services.common.settings import ServiceSettings
@@ -21,6 +21,9 @@ class SearchSettings(ServiceSettings):
     data_dir: Path = Field(default=Path(".tercet/search"), description="Where the ledger and the shards live.")
     embedding_url: str = Field(default="http://127.0.0.1:8001", description="The embedding service.")
     rerank_url: str = Field(default="http://127.0.0.1:8002", description="The rerank service.")
+    peer_api_key: SecretStr | None = Field(
+        default=None, description="The API key that is sent to the embedding and rerank services."
+    )
     default_collection: CollectionName = Field(
         default="default", description="The collection of a search that names none."
     )

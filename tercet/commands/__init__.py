@@ -22,6 +22,10 @@ Url = Annotated[
         show_default=False,
     ),
 ]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="TERCET_API_KEY", help="The API key to send; better in the variable.", show_default=False),
+]
 DataDir = Annotated[Path, typer.Option(help="The folder that `tercet up` keeps everything in.")]
 
 
@@ -35,7 +39,12 @@ def resolve_url(url: str | None, data_dir: Path = DEFAULT_DATA_DIR) -> str:
 
 @asynccontextmanager
 async def reachable_stack(
-    url: str | None, data_dir: Path, *, temporary_dir: Path, environ: Mapping[str, str] | None = None
+    url: str | None,
+    data_dir: Path,
+    *,
+    api_key: str | None = None,
+    temporary_dir: Path,
+    environ: Mapping[str, str] | None = None,
 ) -> AsyncIterator[tuple[TercetClient, bool]]:
     """
     Yield a client of the stack meant, and whether that is a temporary one of our own.
@@ -43,14 +52,18 @@ async def reachable_stack(
     Where no *url* is given and nothing runs, a stack is started on free ports with *temporary_dir* as its data folder
     and *environ* added to its environment, and stopped again.
     """
-    async with TercetClient(resolve_url(url, data_dir)) as client:
+    async with TercetClient(resolve_url(url, data_dir), api_key=api_key) as client:
         if url or await client.ready():
             await client.status()  # raises, and says what to do, if it is not there
             yield client, False
             return
     say("no stack is running: starting one for this command")
     stack = LocalStack(
-        temporary_dir, environ={**os.environ, **(environ or {})}, ports=Ports(0, 0, 0), on_event=say_event
+        temporary_dir,
+        environ={**os.environ, **(environ or {})},
+        ports=Ports(0, 0, 0),
+        api_key=api_key,
+        on_event=say_event,
     )
-    async with stack, TercetClient(stack.url) as client:
+    async with stack, TercetClient(stack.url, api_key=api_key) as client:
         yield client, True

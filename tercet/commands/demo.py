@@ -14,7 +14,7 @@ from rich.table import Table
 
 from services.common.wire.search import CollectionReply, SearchReply
 from tercet.client import IndexSummary, TercetClient
-from tercet.commands import DEFAULT_DATA_DIR, DataDir, Url, reachable_stack
+from tercet.commands import DEFAULT_DATA_DIR, ApiKey, DataDir, Url, reachable_stack
 from tercet.console import ProgressLine, say, say_reply, say_table, warn
 from tercet.demo.corpus import demo_documents
 from tercet.demo.questions import Question, load_questions, reciprocal_rank
@@ -146,14 +146,14 @@ def _enough_for_an_answer(documents: Sequence[DocumentDict]) -> int:
     return min(max(needed, default=0) + 1 + _BATCH_SIZE, len(documents))
 
 
-def demo_eval(url: Url = None, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+def demo_eval(url: Url = None, api_key: ApiKey = None, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Score the demo's twenty questions by mode; starts a stack and indexes the corpus if need be."""
-    asyncio.run(_demo_eval(url, data_dir))
+    asyncio.run(_demo_eval(url, api_key, data_dir))
 
 
-async def _demo_eval(url: str | None, data_dir: Path) -> None:
+async def _demo_eval(url: str | None, api_key: str | None, data_dir: Path) -> None:
     started = time.monotonic()
-    stack = reachable_stack(url, data_dir, temporary_dir=data_dir, environ=ENVIRON)
+    stack = reachable_stack(url, data_dir, api_key=api_key, temporary_dir=data_dir, environ=ENVIRON)
     async with stack as (client, is_temporary):
         if is_temporary:
             model = os.environ.get("EMBEDDING_MODEL", "")

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from services.common.wire.embedding import EmbedReply
 from tercet.client import TercetClient
-from tercet.commands import DEFAULT_DATA_DIR, DataDir, Url, reachable_stack
+from tercet.commands import DEFAULT_DATA_DIR, ApiKey, DataDir, Url, reachable_stack
 from tercet.console import ProgressLine, say, say_table, warn
 from tercet.evaluation import MEASURE_NAMES, MODES, Beir, load_beir, measure
 
@@ -41,6 +41,7 @@ def evaluate(
         bool, typer.Option("--keep", help="Leave the collection in the running stack, for the next run.")
     ] = False,
     url: Url = None,
+    api_key: ApiKey = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
     """
@@ -50,16 +51,22 @@ def evaluate(
     deleted at the end, unless it was there before or --keep is given. Without a running stack one is started for this
     command; what it indexed stays in the folder eval of the data folder, so that the next run need not embed it again.
     """
-    asyncio.run(_evaluate(folder, qrels, queries, keep, url, data_dir))
+    asyncio.run(_evaluate(folder, qrels, queries, keep, url, api_key, data_dir))
 
 
 async def _evaluate(
-    folder: Path, qrels: Path | None, queries: int | None, keep: bool, url: str | None, data_dir: Path
+    folder: Path,
+    qrels: Path | None,
+    queries: int | None,
+    keep: bool,
+    url: str | None,
+    api_key: str | None,
+    data_dir: Path,
 ) -> None:
     beir = load_beir(folder, qrels=qrels)
     if queries is not None:
         beir = beir.first(queries)
-    stack = reachable_stack(url, data_dir, temporary_dir=data_dir / _TEMPORARY)
+    stack = reachable_stack(url, data_dir, api_key=api_key, temporary_dir=data_dir / _TEMPORARY)
     async with stack as (client, is_temporary):
         name = collection_name(beir, await _fingerprint(client))
         existed = await client.find_collection(name) is not None
@@ -83,7 +90,7 @@ async def _fingerprint(client: TercetClient) -> str:
     """Return the embedding model's fingerprint, or nothing if the embedding service cannot be asked from here."""
     url = (await client.status()).dependencies.get("embedding", {}).get("url")
     try:
-        async with httpx2.AsyncClient(trust_env=False, timeout=30) as http:
+        async with httpx2.AsyncClient(trust_env=False, timeout=30, headers=client.key_headers) as http:
             response = await http.post(f"{url}/embed", json={"inputs": "fingerprint"})
         return EmbedReply.model_validate_json(response.content).fingerprint
     except (httpx2.HTTPError, httpx2.InvalidURL, ValidationError):

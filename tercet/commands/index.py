@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from tercet.client import TercetClient
-from tercet.commands import Url, resolve_url
+from tercet.commands import ApiKey, Url, resolve_url
 from tercet.console import ProgressLine, say
 from tercet.ingest import read_paths
 from tercet.ingest.chunking import DEFAULT_MAX_CHUNK_CHARS
@@ -22,18 +22,20 @@ def index(
         int, typer.Option(help="Longer texts are split where their structure allows.", min=1)
     ] = DEFAULT_MAX_CHUNK_CHARS,
     url: Url = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Index .md .txt .rst .html .jsonl .csv files, folders of them, or standard input."""
     places: list[Path | Literal["-"]] = ["-" if path == "-" else Path(path) for path in paths]
-    asyncio.run(_index(places, collection, batch_size, max_chunk_chars, resolve_url(url)))
+    client = TercetClient(resolve_url(url), api_key=api_key)
+    asyncio.run(_index(places, collection, batch_size, max_chunk_chars, client))
 
 
 async def _index(
-    places: list[Path | Literal["-"]], collection: str, batch_size: int, max_chunk_chars: int, url: str
+    places: list[Path | Literal["-"]], collection: str, batch_size: int, max_chunk_chars: int, client: TercetClient
 ) -> None:
     started = time.monotonic()
     documents = read_paths(places, max_chunk_chars=max_chunk_chars)
-    async with TercetClient(url) as client:
+    async with client:
         with ProgressLine(f"indexing into {collection}", unit="texts") as progress:
             summary = await client.index(
                 collection,

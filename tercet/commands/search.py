@@ -8,7 +8,7 @@ import typer
 
 from services.common.wire.search import Mode
 from tercet.client import TercetClient
-from tercet.commands import Url, resolve_url
+from tercet.commands import ApiKey, Url, resolve_url
 from tercet.console import out, say_reply
 
 
@@ -21,14 +21,17 @@ def search(
     filter: Annotated[str | None, typer.Option(help="""Conditions as JSON: '{"lang": {"$in": ["en"]}}'.""")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the service's reply as JSON.")] = False,
     url: Url = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Search a collection."""
     fields: dict[str, Any] = {"query": query, "collection": collection, "k": k, "mode": mode, "rerank": rerank}
-    asyncio.run(_search({**fields, "filter": _parse_filter(filter)}, resolve_url(url), as_json))
+    asyncio.run(
+        _search({**fields, "filter": _parse_filter(filter)}, TercetClient(resolve_url(url), api_key=api_key), as_json)
+    )
 
 
-async def _search(fields: dict[str, Any], url: str, as_json: bool) -> None:
-    async with TercetClient(url) as client:
+async def _search(fields: dict[str, Any], client: TercetClient, as_json: bool) -> None:
+    async with client:
         reply = await client.search(**fields)
     if as_json:
         out.out(reply.model_dump_json(exclude_none=True, indent=2), highlight=False)

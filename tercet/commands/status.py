@@ -8,22 +8,24 @@ from rich.table import Table
 
 from services.common.wire.search import CollectionReply
 from tercet.client import TercetClient
-from tercet.commands import DEFAULT_DATA_DIR, DataDir, Url, resolve_url
+from tercet.commands import DEFAULT_DATA_DIR, ApiKey, DataDir, Url, resolve_url
 from tercet.console import say, say_table
 from tercet.stack import read_state
 
 
-def status(url: Url = None, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+def status(url: Url = None, api_key: ApiKey = None, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     """Show readiness, dependencies and collections; exit status 1 if searches are not taken."""
-    if not asyncio.run(_status(resolve_url(url, data_dir), data_dir)):
+    if not asyncio.run(_status(TercetClient(resolve_url(url, data_dir), api_key=api_key), data_dir)):
         raise typer.Exit(1)
 
 
-async def _status(url: str, data_dir: Path) -> bool:
-    async with TercetClient(url) as client:
+async def _status(client: TercetClient, data_dir: Path) -> bool:
+    async with client:
         found = await client.status()
         ready = await client.ready()
-    say(f"search {found.version} at {url}: {'ready' if ready else 'not ready'}", "green" if ready else "red")
+    say(
+        f"search {found.version} at {client.base_url}: {'ready' if ready else 'not ready'}", "green" if ready else "red"
+    )
     for name, dependency in found.dependencies.items():
         state = str(dependency.get("state"))
         said = {"closed": "in use", "open": "not answering, searches do without", "half-open": "being tried again"}
@@ -31,7 +33,7 @@ async def _status(url: str, data_dir: Path) -> bool:
         say(f"  {name} at {dependency.get('url')}: breaker {state} ({said.get(state, 'unknown')})", style)
     say(f"  cache: {', '.join(f'{name} {value}' for name, value in found.cache.items())}")
     state_here = read_state(data_dir)
-    if state_here and state_here.urls["search"] == url:
+    if state_here and state_here.urls["search"] == client.base_url:
         pids = ", ".join(f"{name} {pid or 'down'}" for name, pid in state_here.pids.items())
         say(f"  processes: tercet up {state_here.pid}, {pids}")
     if found.collections:

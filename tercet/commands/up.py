@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from tercet.client import TercetClient, TercetClientError
-from tercet.commands import DEFAULT_DATA_DIR, DataDir
+from tercet.commands import DEFAULT_DATA_DIR, ApiKey, DataDir
 from tercet.commands.demo import ENVIRON as DEMO_ENVIRON
 from tercet.commands.demo import Demo
 from tercet.console import fail, out, say, say_event
@@ -27,6 +27,7 @@ class _Options:
     host: str
     ports: Ports
     environ: dict[str, str]
+    api_key: str | None
     demo: bool
 
 
@@ -46,12 +47,14 @@ def up(
             help="Embedding model: a folder, a hub id, or `fake`, which needs no weights and fakes reranking too."
         ),
     ] = None,
+    api_key: ApiKey = None,
     demo: Annotated[bool, typer.Option("--demo", help="Index Python's own documentation, and ask about it.")] = False,
 ) -> None:
     """
     Run embedding, rerank and search on this machine until Ctrl-C.
 
     EMBEDDING_*, RERANK_* and SEARCH_* variables reach the services; a service that ends is started again.
+    With an API key all three ask for it.
     """
     environ = dict(os.environ)
     if model is not None:
@@ -61,7 +64,7 @@ def up(
     if demo:
         environ |= DEMO_ENVIRON
     ports = Ports(search=search_port, embedding=embedding_port, rerank=rerank_port)
-    asyncio.run(_until_told(_Options(data_dir, host, ports, environ, demo)))
+    asyncio.run(_until_told(_Options(data_dir, host, ports, environ, api_key, demo)))
 
 
 async def _until_told(options: _Options) -> None:
@@ -86,7 +89,12 @@ async def _until_told(options: _Options) -> None:
 async def _run(options: _Options) -> None:
     started = time.monotonic()
     stack = LocalStack(
-        options.data_dir, environ=options.environ, ports=options.ports, host=options.host, on_event=say_event
+        options.data_dir,
+        environ=options.environ,
+        ports=options.ports,
+        host=options.host,
+        api_key=options.api_key,
+        on_event=say_event,
     )
     say("starting embedding, rerank and search")
     try:
@@ -104,7 +112,7 @@ async def _run(options: _Options) -> None:
 
 async def _show_demo(stack: LocalStack, options: _Options, started: float) -> None:
     try:
-        async with TercetClient(stack.url) as client:
+        async with TercetClient(stack.url, api_key=options.api_key) as client:
             model = options.environ.get("EMBEDDING_MODEL", "")
             await Demo(client, options.data_dir, model=model, started=started).show()
     except (TercetClientError, RuntimeError) as error:

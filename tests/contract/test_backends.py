@@ -3,21 +3,22 @@
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from services.common.encoder import Encoder
+from services.common.encoders import EncoderOptions
+from services.common.encoders.hardware import processor
 from services.common.errors import InvalidInput
-from services.common.model_files import DEFAULT_MODEL, ModelNotFound, files_digest, resolve_model
+from services.common.model_files import DEFAULT_MODEL, InvalidModel, ModelNotFound, files_digest, resolve_model
 from services.embedding.backends.fake import FakeBackend as FakeEmbedding
 from services.embedding.backends.transformer import TransformerBackend
 from services.embedding.models import load_backend as load_embedding
@@ -68,9 +69,26 @@ class TestFakeEmbedding(EmbeddingBackendContract):
 
 
 @pytest.fixture(scope="session")
-def transformer() -> TransformerBackend:
-    """The packaged model at fp32."""
-    return TransformerBackend(DEFAULT_MODEL, revision=None, precision="fp32", device="cpu")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where converted models and choices of this run are kept."""
+    return tmp_path_factory.mktemp("model-cache")
+
+
+def exactly(runtime: str, precision: str, cache_dir: Path) -> EncoderOptions:
+    """Return options that leave nothing to measurement."""
+    return EncoderOptions(runtime=runtime, precision=precision, device="cpu", threads=1, cache_dir=cache_dir)
+
+
+@pytest.fixture(scope="session")
+def opened(cache_dir: Path) -> Callable[[str, str], TransformerBackend]:
+    """Return a function that gives the packaged model by runtime and precision, opened once each."""
+    return cache(lambda *asked: TransformerBackend(DEFAULT_MODEL, exactly(*asked, cache_dir)))
+
+
+@pytest.fixture(scope="session")
+def transformer(opened: Callable[[str, str], TransformerBackend]) -> TransformerBackend:
+    """The packaged model through torch at fp32."""
+    return opened("torch", "fp32")
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +99,7 @@ def reference() -> SentenceTransformer:
 
 @pytest.mark.slow
 class TestTransformer(EmbeddingBackendContract):
-    """The packaged model through torch."""
+    """The packaged model through torch at fp32."""
 
     @pytest.fixture
     def backend(self, transformer: TransformerBackend) -> EmbeddingBackend:
@@ -115,20 +133,75 @@ class TestTransformer(EmbeddingBackendContract):
         assert backend.info.fingerprint == f"{DEFAULT_MODEL}@{digest[:16]}/{backend.info.max_tokens}"
 
 
-def test_the_precision_gate_measures_cosines(tmp_path: Path) -> None:
-    """The measured agreement of bf16 with fp32 is a cosine even for a model whose vectors are not of unit length."""
-    bert = tmp_path / "bert"
-    torch.manual_seed(1)
-    packaged = resolve_model(DEFAULT_MODEL)
-    tokenizer = AutoTokenizer.from_pretrained(packaged)
-    BertModel(BertConfig(vocab_size=len(tokenizer), **TINY)).save_pretrained(bert)
-    tokenizer.save_pretrained(bert)
-    word = Transformer(str(bert), max_seq_length=64)
-    SentenceTransformer(modules=[word, Pooling(TINY["hidden_size"])], device="cpu").save(str(tmp_path / "model"))
-    encoder = Encoder(str(tmp_path / "model"), precision="bf16", device="cpu")
-    assert encoder.precision == "bf16"
-    cosine = float(encoder.precision_reason.rsplit(" ", 1)[-1])
-    assert 0.9 < cosine <= 1.00001
+def mixed_texts() -> list[str]:
+    """Return 60 texts of 1 to about 600 tokens in several scripts."""
+    rng = np.random.default_rng(5)
+    words = [
+        "the",
+        "quick",
+        "fox",
+        "naïve",
+        "café",
+        "東京",
+        "都市",
+        "Москва",
+        "القاهرة",
+        "दिल्ली",
+        "12,345.67",
+        "{json:",
+        "🙂",
+    ]
+    return [" ".join(rng.choice(words, size)) for size in np.geomspace(1, 400, 60).astype(int)]
+
+
+class FasterTransformer(EmbeddingBackendContract):
+    """The packaged model by another runtime or at a lower precision; a subclass names them."""
+
+    runtime: str
+    precision: str
+
+    @pytest.fixture
+    def backend(self, opened: Callable[[str, str], EmbeddingBackend]) -> EmbeddingBackend:
+        return opened(self.runtime, self.precision)
+
+    def test_it_stays_near_sentence_transformers(
+        self, backend: EmbeddingBackend, reference: SentenceTransformer
+    ) -> None:
+        """Every vector of 60 texts of many lengths and scripts has a cosine of at least 0.999 to theirs at fp32."""
+        texts = mixed_texts()
+        ours = self.embed(backend, texts)
+        theirs = reference.encode(texts, convert_to_numpy=True, normalize_embeddings=True)
+        assert ((ours * theirs).sum(axis=1) / np.linalg.norm(ours, axis=1)).min() >= 0.999
+
+    def test_it_is_the_same_model(self, backend: EmbeddingBackend, transformer: TransformerBackend) -> None:
+        """fp32, bf16 and either runtime serve one collection: the fingerprint is one."""
+        assert backend.info.fingerprint == transformer.info.fingerprint
+        assert backend.info.runtime == f"{self.runtime} (cpu)"
+        assert backend.info.precision == self.precision
+
+
+@pytest.mark.slow
+class TestTorchBf16(FasterTransformer):
+    """Weights as bf16."""
+
+    tolerance = 1e-2
+    runtime, precision = "torch", "bf16"
+
+
+@pytest.mark.slow
+class TestOpenvinoFp32(FasterTransformer):
+    """The graph runtime, exact."""
+
+    runtime, precision = "openvino", "fp32"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not processor().has_bf16, reason="this processor computes no bf16")
+class TestOpenvinoBf16(FasterTransformer):
+    """The graph runtime, as most CPUs of a server will run it."""
+
+    tolerance = 1e-2
+    runtime, precision = "openvino", "bf16"
 
 
 # --- scorers --------------------------------------------------------------------------------------------------------
@@ -149,16 +222,10 @@ class TestFakeScorer(RerankBackendContract):
 
 
 @pytest.fixture(scope="session")
-def late_interaction() -> LateInteractionBackend:
+def late_interaction(cache_dir: Path) -> LateInteractionBackend:
     """MaxSim over the packaged model at fp32."""
-    return make_late_interaction()
-
-
-def make_late_interaction(cache_bytes: int = 1 << 24, max_tokens: int = 128) -> LateInteractionBackend:
-    """Return a MaxSim scorer."""
-    return LateInteractionBackend(
-        DEFAULT_MODEL, revision=None, precision="fp32", device="cpu", cache_bytes=cache_bytes, max_tokens=max_tokens
-    )
+    options = exactly("torch", "fp32", cache_dir)
+    return LateInteractionBackend(DEFAULT_MODEL, options, cache_bytes=1 << 24, max_tokens=128)
 
 
 def max_sim(model: SentenceTransformer, query: str, text: str, max_tokens: int) -> float:
@@ -338,6 +405,12 @@ def test_a_head_that_cannot_score_is_refused(make_cross_encoder_files, labels: i
     """A classifier with several labels is no cross-encoder for us, and the message says how many it has."""
     with pytest.raises(ModelNotFound, match=f"{labels} labels"):
         load_cross_encoder(make_cross_encoder_files(labels))
+
+
+def test_a_cross_encoder_has_no_int8(cross_encoder_files: Path) -> None:
+    """What it cannot compute is told before the model is loaded."""
+    with pytest.raises(InvalidModel, match="int8"):
+        CrossEncoderBackend(str(cross_encoder_files), revision=None, precision="int8", device="cpu", max_tokens=64)
 
 
 # --- names to backends ----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -13,47 +12,7 @@ import pytest
 from services.common.batching import Batcher, BatchObservation, Lane
 from services.common.deadline import NO_DEADLINE, Deadline
 from services.common.errors import BackendFailed, DeadlineExceeded, InvalidInput, NotReady, Overloaded
-
-PATIENCE_S = 10.0
-TokenBatcher = Batcher[str, str]
-
-
-class Echo:
-    """
-    Answers each text in upper case; a text is as many tokens as it has characters.
-
-    While *gate* is closed, `run` waits. Texts that begin with `bad` raise, `die` kills the worker, `refuse` cannot be prepared.
-    """
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-        self.running = threading.Event()
-        self.batches: list[list[str]] = []
-        self.queued: list[str] = []  # Counted in the same step of the event loop that queues them.
-
-    def prepare(self, items: Sequence[str]) -> Sequence[str]:
-        if any(item.startswith("refuse") for item in items):
-            raise InvalidInput("query is too long", param="query")
-        return list(items)
-
-    def tokens(self, prepared: str) -> int:
-        self.queued.append(prepared)
-        return len(prepared)
-
-    def run(self, batch: Sequence[str]) -> Sequence[str]:
-        self.batches.append(list(batch))
-        self.running.set()
-        assert self.gate.wait(PATIENCE_S)
-        if any(item.startswith("die") for item in batch):
-            raise SystemExit(1)
-        if any(item.startswith("bad") for item in batch):
-            raise ValueError("cannot")
-        return [item.upper() for item in batch]
-
-    @property
-    def seen(self) -> list[str]:
-        return [item for batch in self.batches for item in batch]
+from tests.batching_engine import PATIENCE_S, Echo, TokenBatcher, occupy, texts, until
 
 
 @pytest.fixture
@@ -75,27 +34,6 @@ async def start(engine: Echo) -> AsyncIterator[Callable[..., Awaitable[TokenBatc
 
         yield start
         engine.gate.set()
-
-
-def texts(count: int, name: str = "item") -> list[str]:
-    """Return *count* different texts of mixed lengths."""
-    return [f"{name}-{number}" + "x" * (number * 7 % 23) for number in range(count)]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until *condition* holds, for a bounded time."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
-async def occupy(batcher: TokenBatcher, engine: Echo) -> "asyncio.Task[object]":
-    """Have the worker busy with a batch until the gate opens."""
-    engine.gate.clear()
-    engine.running.clear()
-    task = asyncio.create_task(batcher.submit(["busy"], lane=Lane.QUERY, deadline=NO_DEADLINE))
-    await asyncio.to_thread(engine.running.wait, PATIENCE_S)
-    return task
 
 
 async def test_concurrent_callers_each_get_their_own_in_order(start, engine):

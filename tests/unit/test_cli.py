@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from services.common.auth import open_key_ring
+from services.common.settings import ServiceSettings
 from services.common.wire.search import SearchReply
 from tercet.cli import app
 from tercet.commands import resolve_url
@@ -31,7 +33,7 @@ def test_help_lists_the_commands() -> None:
     """Each command is there with a line about it."""
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("up", "index", "search", "status", "eval", "demo-eval"):
+    for command in ("up", "index", "search", "status", "eval", "demo-eval", "keys"):
         assert f" {command} " in result.output
         assert runner.invoke(app, [command, "--help"]).exit_code == 0
 
@@ -138,3 +140,31 @@ def test_progress_without_a_terminal_is_plain_lines(capsys: pytest.CaptureFixtur
     assert printed.startswith("indexing: 3 of 3 texts, ")
     assert printed.count("\n") == 1
     assert one_line("a\n\tb\x07c") == "a b c"
+
+
+def test_a_new_key_fits_its_entry(tmp_path: Path) -> None:
+    """What is printed for the file of keys opens with the key that is printed, and for the scopes asked for."""
+    result = runner.invoke(app, ["keys", "new", "web-shop", "--scopes", "search, embed"])
+    assert result.exit_code == 0
+    key, entry = (line for line in result.output.splitlines() if " key" not in line and not line.startswith("Its"))
+    assert len(key) >= 43
+    path = tmp_path / "keys.json"
+    path.write_text(f"[{entry}]")
+    ring = open_key_ring(ServiceSettings(api_keys_file=path))
+    assert ring is not None
+    found = ring.find(key.encode())
+    assert found is not None
+    assert (found.name, found.scopes) == ("web-shop", {"search", "embed"})
+    assert key not in entry
+    assert key not in runner.invoke(app, ["keys", "new", "web-shop"]).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["two words"], "NAME"), (["a", "--scopes", "fly"], "--scopes"), (["a", "--scopes", ""], "--scopes")],
+)
+def test_a_bad_name_or_scope_is_told(arguments: list[str], message: str) -> None:
+    """Before a key is made."""
+    result = runner.invoke(app, ["keys", "new", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr

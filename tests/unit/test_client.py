@@ -90,6 +90,22 @@ async def test_search_sends_only_what_was_said() -> None:
     assert reply.hits[0].id == "a"
 
 
+async def test_the_key_goes_with_every_request() -> None:
+    """As a bearer token; without a key there is no such header, and a 401 says how to give one."""
+    seen: list[str | None] = []
+
+    async def guarded(request: httpx2.Request) -> httpx2.Response:
+        seen.append(request.headers.get("authorization"))
+        return httpx2.Response(200, json=SEARCH_REPLY) if seen[-1] else httpx2.Response(401, json=refusal("x"))
+
+    async with TercetClient("http://search", api_key="k", transport=httpx2.MockTransport(guarded)) as client:
+        await client.search(query="q")
+    async with TercetClient("http://search", transport=httpx2.MockTransport(guarded)) as client:
+        with pytest.raises(TercetApiError, match="--api-key or TERCET_API_KEY"):
+            await client.search(query="q")
+    assert seen == ["Bearer k", None]
+
+
 async def test_an_error_answer_is_raised_with_all_it_says() -> None:
     """The envelope's fields are the exception's."""
 

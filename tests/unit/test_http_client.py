@@ -153,6 +153,34 @@ async def test_the_peers_verdict_is_passed_on(connect, status, error):
     assert client.breaker.state == "closed"
 
 
+async def test_a_limited_caller_hears_when_to_come_again(connect):
+    """The peer's Retry-After is passed on."""
+    answer = refusal(429)
+    answer.headers["retry-after"] = "7"
+    with pytest.raises(Overloaded) as caught:
+        await ask(connect(Peer(answer)))
+    assert caught.value.retry_after_s == 7
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_key_that_the_peer_refuses_is_our_trouble(connect, status):
+    """Our caller cannot mend it: to them the peer is not available, and the message says why."""
+    with pytest.raises(DependencyUnavailable, match="not known"):
+        await ask(connect(Peer(refusal(status, "not known"))))
+
+
+async def test_the_key_is_sent():
+    """As a bearer token, if there is one."""
+    peer = Peer(good())
+    for key in ("secret", None):
+        client = ServiceClient(
+            "peer", "http://peer", Breaker("peer"), api_key=key, transport=httpx2.MockTransport(peer)
+        )
+        await ask(client)
+        await client.aclose()
+    assert [request.headers.get("authorization") for request in peer.requests] == ["Bearer secret", None]
+
+
 async def test_a_verdict_without_envelope_still_is_one(connect):
     """A proxy's bare 413 is TooLarge all the same."""
     with pytest.raises(TooLarge, match="HTTP 413"):

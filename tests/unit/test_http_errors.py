@@ -12,12 +12,13 @@ from pydantic import Field
 
 from services.common import errors
 from services.common.app import create_service_app
-from services.common.http_errors import STATUS, JsonRoute, dialect_route, error_response, status_of
+from services.common.http_errors import STATUS, DialectTable, JsonRoute, error_response, status_of
 from services.common.metrics import Metrics
 from services.common.settings import ServiceSettings
 from services.common.wire.base import Metadata, NonBlankText, RequestModel, Vector
 
 MAX_BODY_BYTES = 4096
+DIALECTS = {"/v1": "openai", "/tei": "tei", "/api/v1": "plain"}
 
 
 class Part(RequestModel):
@@ -45,13 +46,17 @@ def _subclasses(cls: type[errors.TercetError]) -> Iterator[type[errors.TercetErr
 TREE = [cls for cls in _subclasses(errors.TercetError) if cls.__module__ == errors.__name__]
 
 
-def make_router(route_class: type[JsonRoute], prefix: str) -> APIRouter:
+def make_router(prefix: str) -> APIRouter:
     """Return routes that read an order, and that raise any error of the tree by its class's name."""
-    router = APIRouter(route_class=route_class, prefix=prefix)
+    router = APIRouter(route_class=JsonRoute, prefix=prefix)
 
     @router.post("/order")
     async def order(body: Order) -> dict[str, Any]:
         return body.model_dump()
+
+    @router.post("/direct/order")
+    async def direct_order(body: Order) -> Order:
+        return body
 
     @router.get("/raise/{name}")
     async def raise_error(name: str) -> None:
@@ -79,10 +84,10 @@ async def build(_settings: ServiceSettings, _metrics: Metrics) -> AsyncIterator[
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of a service with the routes above, native and in OpenAI's dialect under /v1."""
-    routers = [make_router(JsonRoute, ""), make_router(dialect_route("openai"), "/v1")]
+    """A client of a service with the routes above, native and in each dialect."""
+    routers = [make_router(prefix) for prefix in ("", *DIALECTS)]
     settings = ServiceSettings(max_body_bytes=MAX_BODY_BYTES)
-    app = create_service_app("test", settings, build, routers, description="")
+    app = create_service_app("test", settings, build, routers, description="", dialects=DIALECTS)
     transport = httpx2.ASGITransport(app=app)
     async with (
         app.router.lifespan_context(app),
@@ -91,11 +96,12 @@ async def client() -> AsyncIterator[httpx2.AsyncClient]:
         yield client
 
 
-@pytest.fixture
-def refused(client: httpx2.AsyncClient) -> Callable[..., Any]:
-    """Send an order that is refused; return the status and the error's body."""
+@pytest.fixture(params=["/order", "/direct/order"])
+def refused(client: httpx2.AsyncClient, request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Send an order that is refused, by the framework or directly; return the status and the error's body."""
+    path = request.param
 
-    async def refused(body: Any, path: str = "/order", **headers: str) -> tuple[int, dict[str, Any]]:
+    async def refused(body: Any, **headers: str) -> tuple[int, dict[str, Any]]:
         content = body if isinstance(body, bytes) else orjson.dumps(body)
         headers = {"content-type": "application/json", **headers}
         response = await client.post(path, content=content, headers=headers)
@@ -130,27 +136,103 @@ async def test_retry_after_comes_where_a_retry_may_help(client, cls):
     assert ("retry-after" in response.headers) == expected
 
 
-@pytest.mark.parametrize(("seconds", "header"), [(None, "1"), (0.2, "1"), (7.4, "7"), (30, "30")])
+@pytest.mark.parametrize(("seconds", "header"), [(None, "1"), (0.2, "1"), (7.4, "8"), (30, "30")])
 def test_retry_after_is_whole_seconds(seconds, header):
-    """Retry-After is at least one whole second."""
+    """Retry-After is whole seconds, never sooner than a retry can help, and at least one."""
     response = error_response(errors.Overloaded("full", retry_after_s=seconds), request_id=None)
     assert response.headers["retry-after"] == header
 
 
-@pytest.mark.parametrize(
-    ("name", "native", "openai"),
-    [("InvalidInput", 422, 400), ("TooLarge", 413, 400), ("NotFound", 404, 404), ("Overloaded", 429, 429)],
-)
-async def test_the_openai_dialect_has_its_own_statuses(client, name, native, openai):
-    """OpenAI's SDK expects 400 for what the caller got wrong; other errors keep their status."""
+# native, openai, tei with its error_type, plain
+STATUSES = {
+    "Malformed": (400, 400, 422, "Validation", 400),
+    "Unauthenticated": (401, 401, 401, "Validation", 401),
+    "Forbidden": (403, 403, 403, "Validation", 403),
+    "InvalidInput": (422, 400, 422, "Validation", 422),
+    "EmptyInput": (422, 400, 400, "Empty", 422),
+    "ContextTooLong": (422, 400, 422, "Validation", 422),
+    "NotTokenizable": (422, 400, 422, "Tokenizer", 422),
+    "TooLarge": (413, 400, 422, "Validation", 413),
+    "BodyTooLarge": (413, 400, 413, "Validation", 413),
+    "NotFound": (404, 404, 404, "Validation", 404),
+    "Overloaded": (429, 429, 429, "Overloaded", 429),
+    "RateLimited": (429, 429, 429, "Overloaded", 429),
+    "NotReady": (503, 503, 503, "Unhealthy", 503),
+    "DeadlineExceeded": (504, 504, 504, "Overloaded", 504),
+    "BackendFailed": (500, 500, 424, "Backend", 500),
+    "OutOfMemory": (503, 503, 503, "Unhealthy", 503),
+}
+
+
+@pytest.mark.parametrize("name", STATUSES)
+async def test_each_dialect_has_its_own_statuses(client, name):
+    """OpenAI's SDK expects 400 for the caller's faults; TEI has a type for each; the plain services have ours."""
+    native, openai, tei, tei_type, plain = STATUSES[name]
     assert (await client.get(f"/raise/{name}")).status_code == native
-    assert (await client.get(f"/v1/raise/{name}")).status_code == openai
+    answer = await client.get(f"/v1/raise/{name}")
+    assert answer.status_code == openai
+    assert {"message", "type", "param", "code"} <= answer.json()["error"].keys()
+    answer = await client.get(f"/tei/raise/{name}")
+    assert (answer.status_code, answer.json()) == (tei, {"error": "this went wrong", "error_type": tei_type})
+    answer = await client.get(f"/api/v1/raise/{name}")
+    code = getattr(errors, name).code
+    assert answer.status_code == plain
+    assert answer.json() == {"error": "this went wrong", "code": code, "message": "this went wrong"}
+    assert answer.headers["x-request-id"]
 
 
-async def test_the_dialect_holds_for_validation_too(client):
-    """A field of the wrong type is 422 natively and 400 under /v1."""
-    for path, status in (("/order", 422), ("/v1/order", 400)):
-        assert (await client.post(path, json={"inputs": 5})).status_code == status
+async def _every_refusal(client: httpx2.AsyncClient, prefix: str) -> dict[str, httpx2.Response]:
+    """Return an answer to a bad field, broken JSON, a body over the limit, a wrong method and a missing route."""
+    as_json = {"content-type": "application/json"}
+    return {
+        "field": await client.post(f"{prefix}/order", json={"inputs": 5}),
+        "direct field": await client.post(f"{prefix}/direct/order", json={"inputs": 5}),
+        "broken": await client.post(f"{prefix}/order", content=b"{", headers=as_json),
+        "large": await client.post(f"{prefix}/order", content=b"x" * (MAX_BODY_BYTES + 1), headers=as_json),
+        "method": await client.delete(f"{prefix}/order"),
+        "route": await client.get(f"{prefix}/nowhere"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "statuses", "keys"),
+    [
+        ("", [422, 422, 400, 413, 405, 404], {"error"}),
+        ("/v1", [400, 400, 400, 400, 405, 404], {"error"}),
+        ("/tei", [422, 422, 422, 413, 405, 404], {"error", "error_type"}),
+        ("/api/v1", [422, 422, 400, 413, 405, 404], {"error", "code", "message"}),
+    ],
+)
+async def test_the_dialect_holds_wherever_an_error_is_raised(client, prefix, statuses, keys):
+    """Errors of the parser, the middleware and the router are in the shape of the path's dialect too."""
+    answers = await _every_refusal(client, prefix)
+    assert [answer.status_code for answer in answers.values()] == statuses
+    assert all(answer.json().keys() == keys for answer in answers.values())
+    assert answers["method"].headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/", "native"),
+        ("/v1", "openai"),
+        ("/v1/", "openai"),
+        ("/v1/embeddings", "openai"),
+        ("/v10/embeddings", "native"),
+        ("/v1/plain", "plain"),
+        ("/v1/plain/x", "plain"),
+        ("/v1/plainer", "openai"),
+    ],
+)
+def test_the_longest_prefix_of_whole_segments_wins(path, name):
+    """A dialect's prefix may lie within another's, and a longer word is another word."""
+    assert DialectTable({"/v1": "openai", "/v1/plain": "plain"}).of(path) == name
+
+
+def test_an_unknown_dialect_is_refused_at_start():
+    """A name that stands for nothing cannot wait for the first error."""
+    with pytest.raises(ValueError, match="esperanto"):
+        DialectTable({"/v1": "esperanto"})
 
 
 def test_a_new_subclass_has_its_parents_status():
@@ -179,6 +261,9 @@ def test_a_new_subclass_has_its_parents_status():
         ({"inputs": "a", "vector": [1.0, "x"]}, 422, "vector.1", "valid number"),
         ({"inputs": "a", "vector": [1.0, None]}, 422, "vector.1", "valid number"),
         ({"inputs": "a", "metadata": {"k": {"nested": 1}}}, 422, "metadata.k", "must be a string, a finite number"),
+        ({"inputs": "a", "metadata": {"a[b]": {"nested": 1}}}, 422, "metadata.a[b]", "must be a string"),
+        ({"inputs": "a", "metadata": {"str": None}}, 422, "metadata.str", "must be a string"),
+        ({"inputs": "a", "metadata": {"": 1}}, 422, "metadata.", "at least 1 character"),
         ({"inputs": "a", "top_n": 0}, 422, "top_n", "greater than or equal to 1"),
         ({"inputs": "a", "top_n": "3"}, 422, "top_n", "valid integer"),
         ({"inputs": "a", "top_n": True}, 422, "top_n", "valid integer"),
@@ -249,6 +334,11 @@ async def test_an_empty_body_is_missing(refused):
     """No body at all is told as such."""
     status, error = await refused(b"")
     assert (status, error["param"]) == (422, "body")
+
+
+async def test_a_wrong_key_says_how_to_send_one(client):
+    """401 names the scheme, as HTTP asks for."""
+    assert (await client.get("/raise/Unauthenticated")).headers["www-authenticate"] == "Bearer"
 
 
 async def test_a_body_over_the_limit_is_refused_unread(refused):

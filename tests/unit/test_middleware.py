@@ -14,11 +14,11 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common.app import create_service_app
-from services.common.errors import NotReady
+from services.common.errors import BodyTooLarge, NotReady
 from services.common.http_errors import JsonRoute
 from services.common.metrics import Metrics
 from services.common.middleware.body_limit import BodyLimitMiddleware
-from services.common.middleware.disconnect import DisconnectMiddleware
+from services.common.middleware.disconnect import WATCH_AFTER_S, DisconnectMiddleware
 from services.common.middleware.request_context import RequestContextMiddleware
 from services.common.settings import ServiceSettings
 
@@ -175,6 +175,41 @@ async def test_requests_in_flight_are_counted():
     assert sample(metrics, "tercet_http_requests_in_flight") == 0
 
 
+async def test_odd_methods_are_one_series():
+    """A caller cannot make a series for each word it thinks of."""
+    metrics = Metrics("test")
+    app = RequestContextMiddleware(ok, metrics)
+    for method in ("BREW", "X" * 1000, "post"):
+        call = Call(app)
+        call.scope["method"] = method
+        await call.run()
+    labels = {"route": "unmatched", "method": "other", "status": "200"}
+    assert sample(metrics, "tercet_http_requests_total", **labels) == 3
+
+
+@pytest.mark.parametrize(
+    ("level", "logged"),
+    [("all", ["quick", "slow", "refused", "failed"]), ("slow", ["slow", "failed"]), ("errors", ["failed"])],
+)
+async def test_what_is_logged(level, logged):
+    """By default slow and failed requests; a health probe is never worth a line."""
+    slow_s = 0.02
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        scope["route"] = SimpleNamespace(path=scope["path"].strip("/"))
+        if scope["path"] == "/slow":
+            await asyncio.sleep(2 * slow_s)
+        status = {"/refused": 422, "/failed": 503}.get(scope["path"], 200)
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    context = RequestContextMiddleware(app, Metrics("test"), access_log=level, slow_s=slow_s)
+    with structlog.testing.capture_logs() as logs:
+        for path in ("/quick", "/slow", "/refused", "/failed", "/livez"):
+            await Call(context, path=path).run()
+    assert [line["route"] for line in logs if line["event"] == "request"] == logged
+
+
 # --- disconnects ----------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +315,81 @@ async def test_stopping_the_server_cancels_the_work():
     assert worker.cancelled
 
 
+async def test_a_request_that_is_cancelled_for_two_reasons_stays_cancelled():
+    """When the caller goes and the server stops at once, the server's wish is not forgotten."""
+    worker = Worker()
+    call = Call(DisconnectMiddleware(worker))
+    call.body()
+    task = await begin(call, worker)
+    await asyncio.sleep(2 * WATCH_AFTER_S)
+    call.disconnect()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert worker.cancelled
+
+
+async def test_after_a_disconnect_the_task_can_go_on():
+    """The cancellation was this request's, not that of the task it ran in."""
+    worker = Worker()
+    call = Call(DisconnectMiddleware(worker))
+    call.body()
+    after: list[str] = []
+
+    async def run() -> None:
+        await call.run()
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.sleep(0.001)
+        after.append("went on")
+
+    task = asyncio.create_task(run())
+    async with asyncio.timeout(PATIENCE_S):
+        await worker.started.wait()
+        call.disconnect()
+        await task
+    assert (worker.cancelled, after) == (True, ["went on"])
+
+
+async def test_quick_requests_are_not_watched():
+    """What is answered at once neither starts a task nor asks the server for another message."""
+    tasks: list[int] = []
+
+    async def quick(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_all(receive)
+        await ok(scope, receive, send)
+        tasks.append(len(asyncio.all_tasks()))
+
+    before = len(asyncio.all_tasks())
+    call = Call(DisconnectMiddleware(quick))
+    call.body(b"question")
+    await call.run()
+    await asyncio.sleep(2 * WATCH_AFTER_S)
+    assert tasks == [before]
+    call.disconnect()
+    assert call.incoming.qsize() == 1
+
+
+async def test_a_handler_may_wait_for_the_disconnect_itself():
+    """Asking for another message after the body gives the disconnect once it comes."""
+    seen: list[str] = []
+
+    async def listening(_scope: Scope, receive: Receive, _send: Send) -> None:
+        await read_all(receive)
+        try:
+            seen.append((await receive())["type"])
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    call = Call(DisconnectMiddleware(listening))
+    call.body()
+    task = asyncio.create_task(call.run())
+    await asyncio.sleep(0)
+    call.disconnect()
+    await task
+    assert seen == ["cancelled"]
+
+
 # --- the body limit -------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +398,24 @@ async def test_a_stated_length_over_the_limit_is_refused_unread():
     call = Call(BodyLimitMiddleware(Worker(), 10), headers={"content-length": "11"})
     await call.run()
     assert (call.status, call.error["param"]) == (413, "body")
+
+
+async def test_only_bodies_of_no_stated_length_are_counted():
+    """The server keeps a stated length; what comes in chunks is counted as it arrives."""
+
+    async def reader(_scope: Scope, receive: Receive, _send: Send) -> None:
+        await read_all(receive)
+
+    for headers in ({}, {"content-length": "6"}):
+        call = Call(BodyLimitMiddleware(reader, 5), headers=headers)
+        call.body(b"abc", more=True)
+        call.body(b"def")
+        if headers:
+            await call.run()
+            assert call.status == 413
+        else:
+            with pytest.raises(BodyTooLarge):
+                await call.run()
 
 
 async def test_other_scopes_pass_through():

@@ -88,6 +88,9 @@ def test_every_unknown_variable_is_listed(monkeypatch):
         (SearchSettings, "SEARCH_DEFAULT_COLLECTION", "../etc"),
         (SearchSettings, "SEARCH_BREAKER_MIN_CALLS", "0"),
         (SearchSettings, "SEARCH_MAX_BODY_BYTES", "-1"),
+        (SearchSettings, "SEARCH_REQUESTS_PER_S", "-1"),
+        (RerankSettings, "RERANK_TOKENS_BURST", "0"),
+        (EmbeddingSettings, "EMBEDDING_ACCESS_LOG", "some"),
     ],
 )
 def test_a_bad_value_names_its_variable(service, variable, value, monkeypatch):
@@ -116,6 +119,39 @@ def test_an_open_network_must_be_said(service, host, monkeypatch):
         read_settings(service, os.environ)
     monkeypatch.setenv(f"{prefix}ALLOW_OPEN_NETWORK", "true")
     assert read_settings(service, os.environ).listen_host == host
+
+
+@every_service
+@pytest.mark.parametrize("variable", ["API_KEY", "API_KEYS_FILE"])
+def test_with_keys_the_network_may_be_open(service, variable, monkeypatch):
+    """Whoever reaches the port needs a key then; the refusal without says so."""
+    prefix = PREFIX[service]
+    monkeypatch.setenv(f"{prefix}LISTEN_HOST", "0.0.0.0")
+    with pytest.raises(SettingsError, match=f"set {prefix}API_KEY or {prefix}API_KEYS_FILE"):
+        read_settings(service, os.environ)
+    monkeypatch.setenv(f"{prefix}{variable}", "something")
+    assert read_settings(service, os.environ).listen_host == "0.0.0.0"
+
+
+@every_service
+def test_a_key_is_never_printed(service, monkeypatch):
+    """Neither by the settings nor by an error about them."""
+    monkeypatch.setenv(f"{PREFIX[service]}API_KEY", "hush-hush")
+    settings = read_settings(service, os.environ)
+    assert settings.api_key.get_secret_value() == "hush-hush"
+    assert "hush" not in f"{settings!r} {settings}"
+    monkeypatch.setenv(f"{PREFIX[service]}LISTEN_PORT", "x")
+    with pytest.raises(SettingsError) as caught:
+        read_settings(service, os.environ)
+    assert "hush" not in str(caught.value)
+
+
+def test_origins_come_with_commas(monkeypatch):
+    """A list is written as people write lists."""
+    monkeypatch.setenv("SEARCH_CORS_ORIGINS", "https://a.example, https://b.example,")
+    assert read_settings(SearchSettings, os.environ).cors_origins == ("https://a.example", "https://b.example")
+    monkeypatch.delenv("SEARCH_CORS_ORIGINS")
+    assert read_settings(SearchSettings, os.environ).cors_origins == ()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])

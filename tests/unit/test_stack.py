@@ -82,6 +82,18 @@ async def test_starts_all_and_leaves_nothing_behind(tmp_path: Path, commands: di
     assert "SEARCH_EMBEDDING_URL" in (data_dir / "logs" / "search.log").read_text()
 
 
+async def test_a_key_is_for_all_three(tmp_path: Path, commands: dict[str, list[str]]) -> None:
+    """Each asks for it, and search sends it to the others; a variable of the user's own comes first."""
+    stack = LocalStack(
+        tmp_path, environ={**os.environ, "RERANK_API_KEY": "own"}, ports=FREE, commands=commands, api_key="k"
+    )
+    async with stack:
+        environ = {name: stack._services[name].spec.environ for name in SERVICES}
+    keys = [environ[name][f"{name.upper()}_API_KEY"] for name in SERVICES]
+    assert keys == ["k", "own", "k"]
+    assert environ["search"]["SEARCH_PEER_API_KEY"] == "k"
+
+
 async def test_crashed_service_is_restarted_and_said_so(tmp_path: Path, commands: dict[str, list[str]]) -> None:
     """A killed service comes back on its port with a growing back-off; the others are not touched."""
     events = Events()

@@ -1,97 +1,37 @@
 """One inference worker that concurrent callers share: see the package's docstring for the path of an item."""
 
 import asyncio
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-import structlog
-
-from services.common.batching.queue import Entry, Lane, LaneQueues, Ticket
+from services.common.batching.calibration import calibrate
+from services.common.batching.cost import CostModel
+from services.common.batching.engine import BatchObservation, Engine, Prepared, Submission
+from services.common.batching.preparation import Tokenizers
+from services.common.batching.queue import Flow, Lane, LaneQueues
+from services.common.batching.submission import Job, Work
+from services.common.batching.turn import DeviceTurn
+from services.common.batching.worker import Worker
 from services.common.deadline import Deadline
-from services.common.errors import BackendFailed, DeadlineExceeded, NotReady, Overloaded, TercetError
+from services.common.errors import DeadlineExceeded, NotReady, Overloaded
 
-log = structlog.get_logger(__name__)
-
-Item = TypeVar("Item", contravariant=True)
-Prepared = TypeVar("Prepared")
-Output = TypeVar("Output", covariant=True)
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
 
-PREPARE_CHUNK = 128  # Items a tokenizer thread takes at a time, so that large submissions do not hold it for long.
-BULK_BATCH_S = 0.025  # While queries arrive, a bulk batch is kept about this short.
-QUERY_QUIET_S = 1.0  # Queries "arrive" for this long after the last one.
-WATCH_EVERY_S = 0.5
-
-
-class Engine(Protocol[Item, Prepared, Output]):
-    """What is batched: a model with its tokenizer. Methods run in threads; `run` always in the same one."""
-
-    def prepare(self, items: Sequence[Item]) -> Sequence[Prepared]:
-        """Tokenise *items*; one result each, in order."""
-        ...
-
-    def tokens(self, prepared: Prepared) -> int:
-        """Return how many tokens the model will read for one prepared item."""
-        ...
-
-    def run(self, batch: Sequence[Prepared]) -> Sequence[Output]:
-        """Return one output for each prepared item, in order."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Submission(Generic[OutputT]):
-    """Outputs in the order of the items (None where the deadline came first), and where the time went."""
-
-    outputs: list[OutputT | None]
-    tokenization_ms: float
-    queue_ms: float
-    inference_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class BatchObservation:
-    """What one batch was, for metrics. *padded_tokens* counts what the model computed, *tokens* what was asked."""
-
-    lane: Lane
-    items: int
-    tokens: int
-    padded_tokens: int
-    seconds: float
-
-
-class _Job(Ticket, Generic[OutputT]):
-    """A submission under way; touched from the event loop only, except for the ticket's flags."""
-
-    __slots__ = ("done", "inference_s", "outputs", "queue_s", "remaining", "tokenization_s")
-
-    def __init__(self, size: int, deadline: Deadline, done: "asyncio.Future[None]") -> None:
-        super().__init__(deadline.at)
-        self.outputs: list[OutputT | None] = [None] * size
-        self.remaining = size
-        self.done = done
-        self.tokenization_s = 0.0
-        self.queue_s = 0.0
-        self.inference_s = 0.0
-
-    def fail(self, error: Exception) -> None:
-        self.abandoned = True
-        if not self.done.done():
-            self.done.set_exception(error)
+HOPELESS = 2.0  # Work whose wait is predicted to be over so many times the time it has is refused at once.
+NO_KEYS: Sequence[Hashable] = ()
 
 
 class Batcher(Generic[ItemT, OutputT]):
     """
     Shares *engine* between concurrent callers. `start` it in the event loop that submits, `aclose` it at the end.
 
-    The worker never waits for a batch to fill: when it is idle, whatever is there goes.
-    A batch that raises is halved until the guilty item is alone, so that only its caller fails.
+    The worker never waits for a batch to fill: when it is idle, whatever is there goes. Under load batches form by
+    themselves, out of what came while the one before ran, as large as throughput asks for (see CostModel.budget_tokens).
+    A batch that raises is halved until the guilty item is alone, so that only those who want it fail.
+    Batchers whose models share a device are given the same *turn*.
     """
 
     def __init__(
@@ -104,32 +44,65 @@ class Batcher(Generic[ItemT, OutputT]):
         sort_window: int = 512,
         tokenizer_threads: int = 1,
         hang_s: float = 60.0,
+        turn: DeviceTurn | None = None,
     ) -> None:
-        self._engine: Engine[ItemT, object, OutputT] = engine  # type: ignore[assignment]
+        self.cost = CostModel()
+        self._max_batch_tokens = max_batch_tokens
+        self._max_batch_items = max_batch_items
+        self._max_queue_items = max_queue_items
         self._queues = LaneQueues(
             max_batch_tokens=max_batch_tokens, max_batch_items=max_batch_items, sort_window=sort_window
         )
-        self._max_queue_items = max_queue_items
-        self._hang_s = hang_s
-        self.observe: Callable[[BatchObservation], None] = lambda _batch: None
-        self._tokenizers = ThreadPoolExecutor(tokenizer_threads, thread_name_prefix="tokenizer")
-        self._changed = threading.Condition()
-        self._stopping = False
-        self._failure: str | None = None
-        self._busy_since: float | None = None
-        self._last_query_at = -QUERY_QUIET_S
-        self._tokens_per_s = 4_000.0
+        self._worker = Worker(
+            engine,
+            self._queues,
+            self.cost,
+            max_batch_tokens=max_batch_tokens,
+            hang_s=hang_s,
+            turn=turn or DeviceTurn(),
+            deliver=lambda *batch: self._call_soon(self._deliver, *batch),
+            fail=lambda *failed: self._call_soon(self._fail, *failed),
+            broken=lambda: self._call_soon(self._fail_all),
+        )
+        self._tokenizers = Tokenizers(engine, tokenizer_threads, self._enqueue, self._fail)
         self._admitted: dict[Lane, int] = dict.fromkeys(Lane, 0)
-        self._jobs: set[_Job[OutputT]] = set()
+        self._mean_tokens = 32.0
+        self._jobs: set[Job[OutputT]] = set()
+        self._in_flight: dict[Hashable, Work] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._worker = threading.Thread(target=self._work, name="inference", daemon=True)
-        self._watchdog: asyncio.Task[None] | None = None
+        # Are told, in the event loop, how many seconds a chunk took to prepare, and how many items were under way already.
+        self.observe_tokenised: Callable[[Lane, float], None] = lambda _lane, _seconds: None
+        self.observe_coalesced: Callable[[Lane, int], None] = lambda _lane, _items: None
+
+    @property
+    def observe(self) -> Callable[[BatchObservation], None]:
+        """Is told of each batch that went well, in the worker's thread."""
+        return self._worker.observe
+
+    @observe.setter
+    def observe(self, callback: Callable[[BatchObservation], None]) -> None:
+        self._worker.observe = callback
 
     async def start(self) -> None:
         """Start the worker and its watchdog."""
         self._loop = asyncio.get_running_loop()
         self._worker.start()
-        self._watchdog = asyncio.create_task(self._watch())
+
+    async def calibrate(self, make_item: Callable[[int], ItemT]) -> None:
+        """
+        Measure what batches cost, at warm-up: about a second, less if the model is slow.
+
+        *make_item* returns an item of about so many tokens; one that is shorter, as a model's limit may have it, serves too.
+
+        Raises:
+            BackendFailed, InvalidInput, NotReady: What the engine or its worker raised; what was measured before is used.
+        """
+        await calibrate(
+            self.cost,
+            lambda count, tokens: self._measure([make_item(tokens)] * count),
+            max_batch_tokens=self._max_batch_tokens,
+            max_batch_items=self._max_batch_items,
+        )
 
     def depth(self, lane: Lane) -> int:
         """Return how many items of *lane* were admitted and have no result yet."""
@@ -137,170 +110,223 @@ class Batcher(Generic[ItemT, OutputT]):
 
     def problems(self) -> list[str]:
         """Return why this batcher cannot work any more; empty while it can."""
-        return [self._failure] if self._failure else []
+        return [self._worker.failure] if self._worker.failure else []
+
+    def estimated_wait_s(self, lane: Lane) -> float:
+        """Return how long it should take until what *lane* holds now, and what goes before that, is done."""
+        budget = self._worker.batch_budget_tokens()
+        with self._worker.changed:
+            loads = [self._queues.load(one) for one in Lane if one is lane or one is Lane.QUERY]
+        return self._worker.remaining_s() + sum(self.cost.work_s(*load, budget) for load in loads)
 
     async def submit(
-        self, items: Sequence[ItemT], *, lane: Lane, deadline: Deadline, allow_partial: bool = False
+        self,
+        items: Sequence[ItemT],
+        *,
+        lane: Lane,
+        deadline: Deadline,
+        allow_partial: bool = False,
+        caller: str = "",
+        keys: Sequence[Hashable] | None = None,
     ) -> Submission[OutputT]:
         """
         Compute the outputs of *items*, sharing batches with concurrent callers.
 
+        *caller* is whose work it is: callers take turns in a lane. Items whose *keys*, one each, are equal have the same
+        output: it is computed once for everybody who waits for it, and stays wanted until the last of them leaves.
         With *allow_partial* a deadline that passes leaves None where no output was ready; items were taken roughly in
         the order given. Cancelling drops what is still queued.
 
         Raises:
-            Overloaded: The lane's queue is full; nothing was done.
-            DeadlineExceeded: Time ran out (without *allow_partial*).
+            Overloaded: The lane's queue is full; nothing was done. `retry_after_s` is when it should have emptied.
+            DeadlineExceeded: Time ran out, or the queue makes that certain (without *allow_partial*).
             BackendFailed: The model raised on one of these items.
+            OutOfMemory: The device has no room even for one of these items alone.
             NotReady: The worker is dead, or stopping.
         """
         self._check_working()
-        if self._admitted[lane] + len(items) > self._max_queue_items:
-            raise Overloaded(f"The {lane} queue is full ({self._max_queue_items:,} items); retry in a moment")
+        size = len(items)
+        if self._admitted[lane] + size > self._max_queue_items:
+            raise Overloaded(
+                f"The {lane} queue is full ({self._max_queue_items:,} items); retry in a moment",
+                retry_after_s=self.estimated_wait_s(lane),
+            )
+        left_s = deadline.remaining_s()
+        if not allow_partial:
+            self._check_hope(left_s, size, lane, caller)
+        if not size or left_s <= 0:
+            return Submission([None] * size, 0.0, 0.0, 0.0)
         assert self._loop is not None, "start() comes first"
-        job: _Job[OutputT] = _Job(len(items), deadline, self._loop.create_future())
-        self._admitted[lane] += len(items)
+        job: Job[OutputT] = Job(size, lane, time.monotonic(), self._loop.create_future())
+        timer = None
+        self._admitted[lane] += size
         self._jobs.add(job)
         try:
-            timeout_s = None if deadline.at == float("inf") else max(0.0, deadline.remaining_s())
-            async with asyncio.timeout(timeout_s):
-                await self._prepare(job, items, lane)
-                if items:
-                    await job.done
-        except TimeoutError:
-            if not allow_partial:
-                raise DeadlineExceeded("The time allowed for this request ran out before the model got to it") from None
+            if left_s != float("inf"):
+                timer = self._loop.call_later(left_s, _expire, job, allow_partial)
+            self._enter(job, items, NO_KEYS if keys is None else keys, caller, deadline.at)
+            await job.done
         finally:
-            self._leave(job, lane, len(items))
-        # A copy: a batch that was running at the deadline still delivers.
-        return Submission(list(job.outputs), job.tokenization_s * 1000, job.queue_s * 1000, job.inference_s * 1000)
+            if timer is not None:
+                timer.cancel()
+            self._leave(job, size)
+        return Submission(job.outputs, job.tokenization_s * 1000, job.queue_s * 1000, job.inference_s * 1000)
 
     def _check_working(self) -> None:
-        if self._failure or self._stopping:
-            raise NotReady(self._failure or "The service is stopping")
+        if self._worker.failure or self._worker.stopping:
+            raise NotReady(self._worker.failure or "The service is stopping")
 
-    async def _prepare(self, job: _Job[OutputT], items: Sequence[ItemT], lane: Lane) -> None:
-        """Tokenise in chunks and queue each chunk as soon as it is ready."""
-        assert self._loop is not None
-        started = time.monotonic()
-        for start in range(0, len(items), PREPARE_CHUNK):
-            chunk = items[start : start + PREPARE_CHUNK]
-            prepared = await self._loop.run_in_executor(self._tokenizers, self._engine.prepare, chunk)
-            entries = [Entry(job, start + i, one, self._engine.tokens(one)) for i, one in enumerate(prepared)]
-            with self._changed:
-                self._check_working()
-                self._queues.extend(lane, entries)
-                if lane is Lane.QUERY:
-                    self._last_query_at = time.monotonic()
-                self._changed.notify()
-            job.tokenization_s = time.monotonic() - started
-
-    def _leave(self, job: _Job[OutputT], lane: Lane, size: int) -> None:
-        job.abandoned = True
-        self._jobs.discard(job)
-        self._admitted[lane] -= size
-        if job.remaining:
-            with self._changed:
-                self._queues.drop(job)
-        job.done.cancel()
-
-    # --- the worker thread ---------------------------------------------------------------------------------------
-
-    def _work(self) -> None:
-        try:
-            while (taken := self._take()) is not None:
-                self._busy_since = time.monotonic()
-                self._run(*taken)
-                self._busy_since = None
-        except BaseException as error:
-            log.error("inference_worker_died", exc_info=error)
-            self._break(f"The inference worker died: {error!r}")
-            raise
-
-    def _take(self) -> tuple[Lane, list[Entry]] | None:
-        """Wait for a batch; None when it is time to stop."""
-        with self._changed:
-            while True:
-                while not len(self._queues):
-                    if self._stopping:
-                        return None
-                    self._changed.wait()
-                lane, batch = self._queues.next_batch(bulk_budget_tokens=self._bulk_budget_tokens())
-                if batch:
-                    return lane, batch
-
-    def _bulk_budget_tokens(self) -> int:
-        if time.monotonic() - self._last_query_at > QUERY_QUIET_S:
-            return 1 << 30
-        return int(self._tokens_per_s * BULK_BATCH_S)
-
-    def _run(self, lane: Lane, batch: list[Entry]) -> None:
-        started = time.monotonic()
-        try:
-            outputs = self._engine.run([entry.prepared for entry in batch])
-        except Exception as error:
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                self._run(lane, batch[:middle])
-                self._run(lane, batch[middle:])
-                return
-            log.error("inference_failed", exc_info=error)
-            failure = (
-                error if isinstance(error, TercetError) else BackendFailed(f"The model failed: {type(error).__name__}")
-            )
-            self._call_soon(batch[0].ticket.fail, failure)
+    def _check_hope(self, left_s: float, size: int, lane: Lane, caller: str) -> None:
+        """Refuse what cannot be done in time: by the work that goes before it at the least, callers taking turns."""
+        if left_s <= 0:
+            raise DeadlineExceeded("The time allowed for this request ran out before it began")
+        if left_s == float("inf") or not self.cost.ready or self.estimated_wait_s(lane) <= HOPELESS * left_s:
             return
-        seconds = time.monotonic() - started
-        padded = batch[-1].tokens * len(batch)
-        self._tokens_per_s += 0.2 * (padded / max(seconds, 1e-6) - self._tokens_per_s)
-        self.observe(BatchObservation(lane, len(batch), sum(entry.tokens for entry in batch), padded, seconds))
-        self._call_soon(self._deliver, batch, outputs, started, seconds)
+        with self._worker.changed:
+            before = self._queues.tokens_before(lane, caller, int(size * self._mean_tokens))
+        if self.cost.work_s(size, before, 0, self._max_batch_tokens) > HOPELESS * left_s:
+            raise DeadlineExceeded("The queue is longer than the time allowed for this request; nothing was done")
+
+    def _enter(
+        self, job: Job[OutputT], items: Sequence[ItemT], keys: Sequence[Hashable], caller: str, deadline_at: float
+    ) -> None:
+        """Attach *job* to work that is under way, and begin the rest."""
+        home = Flow(job.lane, caller)
+        fresh: list[Work] = []
+        for position, item in enumerate(items):
+            key = keys[position] if keys else None
+            work = self._in_flight.get(key) if keys else None
+            if work is None:
+                work = Work(item, key, home, job)
+                fresh.append(work)
+                if keys:
+                    self._in_flight[key] = work
+            elif job.lane is Lane.QUERY and work.home.lane is Lane.BULK:
+                self._hasten(work, home, fresh)
+            work.attach(job, position, deadline_at)
+        if job.lane is Lane.QUERY:
+            self._worker.last_query_at = job.entered_at
+        if len(fresh) < len(items):
+            self.observe_coalesced(job.lane, len(items) - len(fresh))
+        if fresh:
+            self._tokenizers.prepare(fresh, job)
+
+    def _hasten(self, work: Work, home: Flow, fresh: list[Work]) -> None:
+        """Have *work*, which is bulk, done as the query it now is as well: wherever it has got to, from there."""
+        work.home = home
+        if work.unstarted_by is not None:
+            work.unstarted_by = home
+            fresh.append(work)
+            return
+        with self._worker.changed:
+            queued_at = work.queued_at
+            if self._queues.remove(work):
+                self._queues.add(home, work)
+                work.queued_at = queued_at
+
+    def _enqueue(self, works: list[Work], prepared: Sequence[Any], tokens: Sequence[int], seconds: float) -> None:
+        """Have what was prepared wait for the model."""
+        worker = self._worker
+        with worker.changed:
+            if not (worker.failure or worker.stopping):
+                for work, one, length in zip(works, prepared, tokens, strict=True):
+                    if work.wanted_by:
+                        work.item, work.prepared, work.tokens = None, one, length
+                        self._queues.add(work.home, work)
+                worker.wake()
+                stopped = None
+            else:
+                stopped = NotReady(worker.failure or "The service is stopping")
+        if stopped:
+            self._fail(works, stopped)
+            return
+        self._mean_tokens += 0.05 * (sum(tokens) / len(tokens) - self._mean_tokens)
+        self.observe_tokenised(works[0].home.lane, seconds)
+
+    def _leave(self, job: Job[OutputT], size: int) -> None:
+        """Forget *job*, and what nobody else wants of it."""
+        self._jobs.discard(job)
+        self._admitted[job.lane] -= size
+        if job.remaining:
+            if not job.done.cancel() and not job.done.cancelled():
+                job.done.exception()  # Seen, even if the caller was cancelled at the same moment.
+            with self._worker.changed:
+                for work in job.works:
+                    self._unwant(work)
+        job.works = []
+
+    def _unwant(self, work: Work) -> None:
+        work.wanted_by -= 1
+        if work.settled or work.wanted_by or work.running:
+            return
+        self._queues.remove(work)
+        self._forget(work)
+        work.let_go()
+
+    def _forget(self, work: Work) -> None:
+        if self._in_flight.get(work.key) is work:
+            del self._in_flight[work.key]
 
     def _call_soon(self, callback: Callable[..., None], *args: object) -> None:
         assert self._loop is not None
         with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
             self._loop.call_soon_threadsafe(callback, *args)
 
-    # --- back in the event loop ----------------------------------------------------------------------------------
+    def _deliver(self, batch: list[Work], outputs: Sequence[OutputT], started: float, seconds: float) -> None:
+        for work, output in zip(batch, outputs, strict=True):
+            self._forget(work)
+            for job, position in work.waiters:
+                job.take(position, output, batch, work.queued_at, started, seconds)
+            work.let_go()
 
-    def _deliver(self, batch: list[Entry], outputs: Sequence[OutputT], started: float, seconds: float) -> None:
-        for job in {id(entry.ticket): entry.ticket for entry in batch}.values():
-            job.inference_s += seconds
-        for entry, output in zip(batch, outputs, strict=True):
-            job = entry.ticket
-            job.outputs[entry.position] = output
-            job.queue_s = max(job.queue_s, started - entry.queued_at)
-            job.remaining -= 1
-            if job.remaining == 0 and not job.done.done():
-                job.done.set_result(None)
-
-    def _break(self, reason: str) -> None:
-        """Fail every waiter now, and every caller from now on."""
-        with self._changed:
-            self._failure = self._failure or reason
-            self._queues.clear()
-        self._call_soon(self._fail_all)
+    def _fail(self, works: Sequence[Work], error: BaseException) -> None:
+        for work in works:
+            self._forget(work)
+            for job, _ in work.waiters:
+                job.fail(error)
+            work.let_go()
 
     def _fail_all(self) -> None:
         for job in list(self._jobs):
-            job.fail(NotReady(self._failure or "The inference worker is gone"))
+            job.fail(NotReady(self._worker.failure or "The service is stopping"))
 
-    async def _watch(self) -> None:
-        """Declare the worker dead when one batch takes longer than any batch may."""
-        while not self._failure:
-            await asyncio.sleep(min(WATCH_EVERY_S, self._hang_s / 4))
-            busy_since = self._busy_since
-            if busy_since is not None and time.monotonic() - busy_since > self._hang_s:
-                log.error("inference_worker_hangs", seconds=round(time.monotonic() - busy_since, 1))
-                self._break(f"The inference worker has hung for over {self._hang_s:.0f} s")
+    async def _measure(self, items: Sequence[ItemT]) -> tuple[int, float]:
+        """Run *items* as one batch of their own; return their longest length in tokens, and the seconds it took."""
+        self._check_working()
+        assert self._loop is not None, "start() comes first"
+        job: Job[OutputT] = Job(len(items), Lane.QUERY, time.monotonic(), self._loop.create_future())
+        home = Flow(Lane.QUERY, "")
+        self._jobs.add(job)
+        try:
+            prepared = await self._tokenizers.start(list(items))
+            tokens = [self._tokenizers.engine.tokens(one) for one in prepared]
+            batch = []
+            for position, (one, length) in enumerate(zip(prepared, tokens, strict=True)):
+                work = Work(None, None, home, None)
+                work.prepared, work.tokens, work.measured, work.running = one, length, True, True
+                work.queued_at = time.monotonic()
+                work.attach(job, position, float("inf"))
+                batch.append(work)
+            self._worker.measure(batch)
+            await job.done
+        finally:
+            self._jobs.discard(job)
+            job.works = []
+        return max(tokens), job.inference_s
 
     async def aclose(self) -> None:
-        """Stop the worker after what is queued; later submissions are refused."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-        if self._loop is not None and not self._failure:
-            await self._loop.run_in_executor(None, self._worker.join, self._hang_s)
-        self._tokenizers.shutdown(wait=False, cancel_futures=True)
+        """Stop the worker after what is queued; what is not queued yet, and later submissions, are refused with NotReady."""
+        self._worker.stop()
+        if self._loop is not None and not self._worker.failure:
+            await self._loop.run_in_executor(None, self._worker.join)
+        self._tokenizers.close()
+        self._fail_all()
+
+
+def _expire(job: Job[Any], allow_partial: bool) -> None:
+    """End *job* at its deadline."""
+    if not job.done.done():
+        if allow_partial:
+            job.done.set_result(None)
+        else:
+            job.fail(DeadlineExceeded("The time allowed for this request ran out before the model got to it"))

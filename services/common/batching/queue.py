@@ -1,12 +1,20 @@
-"""What waits for the model, by lane, and which of it goes into the next batch. Pure data: the batcher holds the lock."""
+"""
+What waits for the model, by lane, and which of it goes into the next batch. Pure data: the batcher holds the lock.
 
-import itertools
+Inside a lane callers take turns by deficit round robin (M. Shreedhar and G. Varghese, "Efficient Fair Queuing using
+Deficit Round Robin", SIGCOMM 1995): each visit gives a caller a quantum of tokens, and every entry it gets served is paid for
+with its tokens. Unlike in the paper a batch may overdraw an account, and is paid back in later rounds; entries that
+fill another caller's batch are paid for too. A caller's submissions take turns one batch each.
+"""
+
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Any
+
+from services.common.batching.packing import Fits, allot, pack
 
 
 class Lane(StrEnum):
@@ -16,42 +24,181 @@ class Lane(StrEnum):
     BULK = "bulk"
 
 
-class Ticket:
-    """One caller's submission, as the queue sees it: whether it still wants its results."""
-
-    __slots__ = ("abandoned", "deadline_at")
-
-    def __init__(self, deadline_at: float) -> None:
-        self.deadline_at = deadline_at
-        self.abandoned = False
-
-    def wanted(self, now: float) -> bool:
-        """Whether somebody still waits at *now*."""
-        return not self.abandoned and self.deadline_at > now
-
-
-@dataclass(slots=True)
 class Entry:
-    """One prepared item: its place in the submission, its length in tokens, and when it was queued."""
+    """One prepared item: its length in tokens, the moment nobody wants it any more, and when it was queued."""
 
-    ticket: Any
-    position: int
-    prepared: Any
-    tokens: int
-    queued_at: float = field(default_factory=time.monotonic)
+    __slots__ = ("deadline_at", "flow", "prepared", "queued_at", "tokens")
+
+    def __init__(self, prepared: Any, tokens: int, deadline_at: float = float("inf")) -> None:
+        self.prepared = prepared
+        self.tokens = tokens
+        self.deadline_at = deadline_at
+        self.queued_at = 0.0
+        self.flow: Flow | None = None  # Where it waits; None before and after.
+
+
+class Flow:
+    """The entries of one submission that wait, first in, first out."""
+
+    __slots__ = ("caller", "entries", "lane", "tokens", "waiting")
+
+    def __init__(self, lane: Lane, caller: str) -> None:
+        self.lane = lane
+        self.caller = caller
+        self.entries: deque[Entry] = deque()  # Those that left stay until they come to the front, or are most of it.
+        self.waiting = 0
+        self.tokens = 0
+
+    def add(self, entry: Entry) -> None:
+        entry.flow = self
+        self.entries.append(entry)
+        self.waiting += 1
+        self.tokens += entry.tokens
+
+    def remove(self, entry: Entry) -> None:
+        entry.flow = None
+        self.waiting -= 1
+        self.tokens -= entry.tokens
+        entries = self.entries
+        while entries and entries[0].flow is not self:
+            entries.popleft()
+        if len(entries) > 2 * self.waiting + 64:
+            self.entries = deque(entry for entry in entries if entry.flow is self)
+
+    def first(self, count: int) -> Iterable[Entry]:
+        if self.waiting == len(self.entries):
+            return islice(self.entries, count)
+        return islice((entry for entry in self.entries if entry.flow is self), count)
+
+
+class _Caller:
+    """One caller's submissions in a lane, in the order of their turns, and the tokens it may still have served."""
+
+    __slots__ = ("deficit", "flows", "name", "waiting")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.flows: OrderedDict[Flow, None] = OrderedDict()
+        self.waiting = 0
+        self.deficit = 0
+
+    def first(self, count: int) -> list[Entry]:
+        if len(self.flows) >= count:
+            return [flow.entries[0] for flow in islice(self.flows, count)]
+        shares = allot([flow.waiting for flow in self.flows], count)
+        return [entry for flow, share in zip(self.flows, shares, strict=True) for entry in flow.first(share)]
+
+
+class _LaneQueue:
+    """One lane: callers in the order of their turns, and what waits in all."""
+
+    __slots__ = ("_debt_limit", "_quantum", "callers", "square_tokens", "tokens", "waiting")
+
+    def __init__(self, max_batch_tokens: int) -> None:
+        self.callers: OrderedDict[str, _Caller] = OrderedDict()
+        self.waiting = 0
+        self.tokens = 0
+        self.square_tokens = 0
+        # A full batch costs four rounds; so a caller with short batches heads at most four before the next one's turn.
+        self._quantum = max(4, max_batch_tokens // 4)
+        self._debt_limit = max_batch_tokens
+
+    def add(self, flow: Flow, entry: Entry) -> None:
+        caller = self.callers.get(flow.caller)
+        if caller is None:
+            caller = self.callers[flow.caller] = _Caller(flow.caller)
+        caller.flows.setdefault(flow)
+        caller.waiting += 1
+        flow.add(entry)
+        self._count(entry, 1)
+
+    def remove(self, flow: Flow, entry: Entry) -> _Caller:
+        caller = self.callers[flow.caller]
+        flow.remove(entry)
+        caller.waiting -= 1
+        self._count(entry, -1)
+        if not flow.waiting:
+            del caller.flows[flow]
+        if not caller.waiting:
+            del self.callers[caller.name]
+        return caller
+
+    def _count(self, entry: Entry, sign: int) -> None:
+        self.waiting += sign
+        self.tokens += sign * entry.tokens
+        self.square_tokens += sign * entry.tokens * entry.tokens
+
+    def turn(self) -> _Caller:
+        """Return the caller whose turn it is; it stays at the front until its tokens are spent."""
+        callers = self.callers
+        if len(callers) == 1:
+            return next(iter(callers.values()))
+        visits = 0
+        while True:
+            caller = next(iter(callers.values()))
+            if caller.deficit <= 0:
+                caller.deficit += self._quantum
+            if caller.deficit > 0:
+                return caller
+            callers.move_to_end(caller.name)
+            visits += 1
+            if visits == len(callers):  # All are in debt: at once the rounds in which nobody would have a turn.
+                rounds = min(-one.deficit for one in callers.values()) // self._quantum
+                for one in callers.values():
+                    one.deficit += rounds * self._quantum
+
+    def window(self, caller: _Caller, places: int) -> list[Entry]:
+        """
+        Return up to *places* entries of all callers, each an equal share; the head of *caller*'s turn is the first.
+
+        Callers deep in debt wait for their own turn: so what a caller may owe is bounded.
+        """
+        if len(self.callers) == 1:
+            return caller.first(places)
+        others = islice((one for one in self.callers.values() if one.deficit > -self._debt_limit), places)
+        callers = [caller, *(one for one in others if one is not caller)]
+        if len(callers) >= places:
+            return [entry for one in callers[:places] for entry in one.first(1)]
+        shares = allot([one.waiting for one in callers], places)
+        return [entry for one, share in zip(callers, shares, strict=True) for entry in one.first(share)]
+
+    def take(self, head: _Caller, head_flow: Flow, batch: list[Entry]) -> None:
+        """Remove *batch* and have it paid for; *head* pays a quarter of a quantum at least, and its turn passes on."""
+        alone = len(self.callers) == 1
+        before = head.deficit
+        for entry in batch:
+            assert entry.flow is not None
+            self.remove(entry.flow, entry).deficit -= entry.tokens
+        head.deficit = min(head.deficit, before - self._quantum // 4)
+        if alone:
+            head.deficit = max(head.deficit, -self._quantum)
+        if head.waiting and head.deficit <= 0:
+            self.callers.move_to_end(head.name)
+        if head_flow.waiting:
+            head.flows.move_to_end(head_flow)
+
+    def tokens_before(self, caller: str, tokens: int) -> int:
+        """Return about how many tokens are served before a new submission of *tokens* tokens is, turns considered."""
+        own = self.callers.get(caller)
+        mine = sum(min(flow.tokens, tokens) for flow in own.flows) if own else 0
+        others = (other for other in self.callers.values() if other is not own)
+        return mine + sum(min(sum(flow.tokens for flow in other.flows), mine + tokens) for other in others)
 
 
 class LaneQueues:
     """
-    First in, first out by lane, batches packed by length.
+    Callers take turns inside a lane, and batches are packed by length.
 
-    A batch always holds the oldest entry of its lane, with those of the next *sort_window* entries that are nearest to
-    it in length, as far as `entries × longest ≤ max_batch_tokens`: little padding, and nobody waits for ever.
-    Bulk gets every *bulk_turn*-th batch while queries wait; otherwise queries go first.
+    A batch always holds the head of the turn, with those of up to *sort_window* entries, shared out equally among
+    callers and their submissions, that are nearest to it in length, as far as `entries × longest ≤ max_batch_tokens`:
+    little padding, and nobody waits for ever. A caller that joins *n* others heads one of the next 4 × (n + 1) batches
+    of its lane. Bulk gets the batch after every *bulk_turn* of queries while queries wait; otherwise queries go first.
+
+    Adding, removing and moving an entry take constant time, a batch takes time in proportion to *sort_window*.
     """
 
     def __init__(self, *, max_batch_tokens: int, max_batch_items: int, sort_window: int, bulk_turn: int = 4) -> None:
-        self._queues: dict[Lane, deque[Entry]] = {lane: deque() for lane in Lane}
+        self._lanes: dict[Lane, _LaneQueue] = {lane: _LaneQueue(max_batch_tokens) for lane in Lane}
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_items = max_batch_items
         self._sort_window = sort_window
@@ -59,82 +206,81 @@ class LaneQueues:
         self._query_batches_in_a_row = 0
 
     def __len__(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
+        return sum(queue.waiting for queue in self._lanes.values())
 
     def depth(self, lane: Lane) -> int:
         """Return how many entries wait in *lane*."""
-        return len(self._queues[lane])
+        return self._lanes[lane].waiting
 
-    def extend(self, lane: Lane, entries: Iterable[Entry]) -> None:
-        """Add *entries* at the end of *lane*."""
-        self._queues[lane].extend(entries)
+    def load(self, lane: Lane) -> tuple[int, int, int]:
+        """Return what waits in *lane*: entries, the sum of their tokens, and the sum of their tokens' squares."""
+        queue = self._lanes[lane]
+        return queue.waiting, queue.tokens, queue.square_tokens
 
-    def drop(self, ticket: Ticket) -> int:
-        """Remove what *ticket* still has waiting; return how much that was."""
-        before = len(self)
-        for lane, queue in self._queues.items():
-            if any(entry.ticket is ticket for entry in queue):
-                self._queues[lane] = deque(entry for entry in queue if entry.ticket is not ticket)
-        return before - len(self)
+    def tokens_before(self, lane: Lane, caller: str, tokens: int) -> int:
+        """Return about how many tokens of *lane* go before a new submission of *caller* with *tokens* tokens is done."""
+        return self._lanes[lane].tokens_before(caller, tokens)
+
+    def add(self, flow: Flow, entry: Entry) -> None:
+        """Add *entry* at the end of *flow*, which waits in its lane from now on."""
+        entry.queued_at = time.monotonic()
+        self._lanes[flow.lane].add(flow, entry)
+
+    def remove(self, entry: Entry) -> bool:
+        """Take *entry* out; return whether it waited."""
+        flow = entry.flow
+        if flow is None:
+            return False
+        self._lanes[flow.lane].remove(flow, entry)
+        return True
 
     def clear(self) -> list[Entry]:
-        """Remove and return everything."""
-        entries = [entry for queue in self._queues.values() for entry in queue]
-        for queue in self._queues.values():
-            queue.clear()
+        """Remove and return everything, in the order of the turns."""
+        entries = [
+            entry
+            for queue in self._lanes.values()
+            for caller in queue.callers.values()
+            for flow in caller.flows
+            for entry in flow.first(flow.waiting)
+        ]
+        for entry in entries:
+            self.remove(entry)
         return entries
 
-    def next_batch(self, *, bulk_budget_tokens: int) -> tuple[Lane, list[Entry]]:
+    def next_batch(self, *, max_tokens: int | None = None, bulk_fits: Fits | None = None) -> tuple[Lane, list[Entry]]:
         """
         Remove and return the next batch, shortest entry first; empty when nothing that is still wanted waits.
 
-        A bulk batch stays within *bulk_budget_tokens*, though never less than one entry.
+        It stays within *max_tokens*, and a bulk batch within what *bulk_fits* allows, though never less than one entry.
         """
         now = time.monotonic()
         lane = self._next_lane()
-        queue = self._queues[lane]
-        while queue and not queue[0].ticket.wanted(now):
-            queue.popleft()
-        # Tickets are abandoned in another thread: even the first may be by now.
-        window = [entry for entry in itertools.islice(queue, self._sort_window) if entry.ticket.wanted(now)]
-        if not window:
-            return lane, []
-        budget = self._max_batch_tokens if lane is Lane.QUERY else min(self._max_batch_tokens, bulk_budget_tokens)
-        batch = self._around_oldest(window, budget)
-        taken = {id(entry) for entry in batch}
-        rest = [entry for entry in itertools.islice(queue, self._sort_window) if id(entry) not in taken]
-        for _ in range(min(self._sort_window, len(queue))):
-            queue.popleft()
-        queue.extendleft(reversed(rest))
-        return lane, batch
+        queue = self._lanes[lane]
+        budget = self._max_batch_tokens if max_tokens is None else min(self._max_batch_tokens, max_tokens)
+        bounded = bulk_fits if lane is Lane.BULK else None
+
+        def fits(items: int, longest: int) -> bool:
+            return items * longest <= budget and (bounded is None or bounded(items, longest))
+
+        while queue.waiting:
+            caller = queue.turn()
+            window = queue.window(caller, self._sort_window)
+            expired = [entry for entry in window if entry.deadline_at <= now]
+            for entry in expired:
+                self.remove(entry)
+            if expired:
+                continue
+            head = window[0]
+            assert head.flow is not None
+            batch = pack(head, window, max_items=self._max_batch_items, fits=fits)
+            queue.take(caller, head.flow, batch)
+            return lane, batch
+        return lane, []
 
     def _next_lane(self) -> Lane:
-        query, bulk = self._queues[Lane.QUERY], self._queues[Lane.BULK]
+        query, bulk = self._lanes[Lane.QUERY].waiting, self._lanes[Lane.BULK].waiting
         if query and (not bulk or self._query_batches_in_a_row < self._bulk_turn):
             self._query_batches_in_a_row += 1
             return Lane.QUERY
         self._query_batches_in_a_row = 0
         return Lane.BULK
-
-    def _around_oldest(self, window: list[Entry], budget_tokens: int) -> list[Entry]:
-        """Grow a run of the length-sorted *window* from its oldest entry, always towards the nearer neighbour."""
-        oldest = window[0]
-        ordered = sorted(window, key=lambda entry: entry.tokens)
-        low = high = next(index for index, entry in enumerate(ordered) if entry is oldest)
-        while high - low + 1 < min(self._max_batch_items, len(ordered)):
-            size = high - low + 2
-            up = ordered[high + 1] if high + 1 < len(ordered) else None
-            down = ordered[low - 1] if low > 0 else None
-            up_fits = up is not None and up.tokens * size <= budget_tokens
-            down_fits = down is not None and ordered[high].tokens * size <= budget_tokens
-            if up_fits and down_fits:
-                assert up is not None
-                assert down is not None
-                up_fits = up.tokens - oldest.tokens <= oldest.tokens - down.tokens
-            if up_fits:
-                high += 1
-            elif down_fits:
-                low -= 1
-            else:
-                break
-        return ordered[low : high + 1]

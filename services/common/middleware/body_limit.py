@@ -2,12 +2,13 @@
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.common.errors import Malformed, TooLarge
-from services.common.http_errors import error_response
+from services.common.errors import BodyTooLarge, Malformed
+from services.common.headers import header
+from services.common.http_errors import respond
 
 
 class BodyLimitMiddleware:
-    """Answers 413 for bodies over *max_body_bytes*."""
+    """Answers 413 for bodies over *max_body_bytes*. The server sees to it that a stated length is true."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -18,11 +19,10 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        try:
-            self._check_stated_length(scope)
-        except (TooLarge, Malformed) as error:
-            scope["tercet_error_code"] = error.code
-            await error_response(error, request_id=scope.get("tercet_request_id"))(scope, receive, send)
+        stated = header(scope, b"content-length")
+        if stated is not None:
+            refusal = self._refusal(stated)
+            await (self._app if refusal is None else respond(scope, refusal))(scope, receive, send)
             return
         received = 0
 
@@ -36,14 +36,14 @@ class BodyLimitMiddleware:
 
         await self._app(scope, counted_receive, send)
 
-    def _check_stated_length(self, scope: Scope) -> None:
-        stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    def _refusal(self, stated: bytes) -> BodyTooLarge | Malformed | None:
         if not stated.isdigit():
-            raise Malformed("Content-Length must be a number", param="content-length")
+            return Malformed("Content-Length must be a number", param="content-length")
         if int(stated) > self._max_body_bytes:
-            raise self._too_large(f"{int(stated):,}")
+            return self._too_large(f"{int(stated):,}")
+        return None
 
-    def _too_large(self, size: str) -> TooLarge:
-        return TooLarge(
+    def _too_large(self, size: str) -> BodyTooLarge:
+        return BodyTooLarge(
             f"The body is {size} bytes; the limit is {self._max_body_bytes:,}. Send smaller batches", param="body"
         )

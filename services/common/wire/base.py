@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 MAX_ID_CHARS = 512
 MAX_COLLECTION_CHARS = 64
 MAX_TEXT_CHARS = 1_000_000
+MAX_INPUT_CHARS = 8_000_000
 MAX_QUERY_CHARS = 32_768
 
 
@@ -56,6 +57,9 @@ QueryText = Annotated[
 ]
 NonBlankText = Annotated[
     str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_storable), AfterValidator(_not_blank)
+]
+InputText = Annotated[
+    str, StringConstraints(max_length=MAX_INPUT_CHARS), AfterValidator(_storable), AfterValidator(_not_blank)
 ]
 DocumentId = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_storable), AfterValidator(_not_blank)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from services.common.encoder import Encoder, Precision
+from services.common.encoders import EncoderOptions, open_encoder
 from services.common.errors import InvalidInput
 from services.common.tokens import Tokens
 from services.rerank.ports import Pair, PreparedPair, ScorerInfo
@@ -70,19 +70,19 @@ class TokenVectorCache:
 class LateInteractionBackend:
     """Loads the embedding model *name* when it is made (seconds) and keeps it."""
 
-    def __init__(
-        self, name: str, *, revision: str | None, precision: Precision, device: str, cache_bytes: int, max_tokens: int
-    ) -> None:
-        self._encoder = Encoder(name, revision=revision, precision=precision, device=device)
-        self._max_tokens = min(max_tokens, self._encoder.max_tokens)
+    def __init__(self, name: str, options: EncoderOptions, *, cache_bytes: int, max_tokens: int) -> None:
+        self._encoder = open_encoder(name, options)
+        description = self._encoder.description
+        self._max_tokens = min(max_tokens, description.max_tokens)
+        lossy = "+int8" if self._encoder.precision == "int8" else ""
         self._cache = TokenVectorCache(cache_bytes)
         self._info = ScorerInfo(
             name=f"late-interaction/{name.rsplit('/', 1)[-1]}",
             kind="late-interaction",
             score="MaxSim: mean over query tokens of the greatest cosine to a document token; untrained, not calibrated",
-            fingerprint=f"maxsim/1:{self._encoder.digest[:16]}/{self._max_tokens}",
+            fingerprint=f"maxsim/1:{description.files_digest[:16]}/{self._max_tokens}{lossy}",
             max_tokens=self._max_tokens,
-            runtime=f"torch ({self._encoder.device})",
+            runtime=f"{self._encoder.runtime} ({self._encoder.device})",
             precision=self._encoder.precision,
         )
 
@@ -145,7 +145,9 @@ class LateInteractionBackend:
             missing, self._encoder.per_token([tokens for _, tokens in missing]), strict=True
         ):
             # Without the special tokens at both ends: they are alike in every text and match anything.
-            made[key] = token_vectors[1 : len(tokens.ids) - 1].astype(np.float16)
+            inner = token_vectors[1 : len(tokens.ids) - 1]
+            lengths = np.maximum(np.linalg.norm(inner, axis=1, keepdims=True), 1e-12)
+            made[key] = (inner / lengths).astype(np.float16)
             self._cache.put(key, made[key])
         return made
 

@@ -4,7 +4,7 @@ import uuid
 
 from fastapi import APIRouter, Request
 
-from services.common.app import deadline_of
+from services.common.app import charge_tokens, deadline_of
 from services.common.http_errors import JsonRoute
 from services.common.wire.rerank import (
     CompatibleDocument,
@@ -25,6 +25,7 @@ async def rerank(request: Request, body: RerankRequest) -> CompatibleRerankReply
     reranker.check_model(body.model)
     texts = body.texts()
     scored = await reranker.score(body.query, texts, lane=lane_of(len(texts)), deadline=deadline_of(request))
+    charge_tokens(request, scored.tokens)
     results = [
         CompatibleRerankResult(
             index=index,

@@ -12,6 +12,7 @@ import apsw
 import structlog
 
 from services.common.errors import NotReady
+from services.common.tracing import span
 from services.search.ledger import rows
 from services.search.ledger.connection import FileLock, connect, explain, migrate, sync_directory
 from services.search.ledger.writer import Writer
@@ -111,20 +112,20 @@ class SqliteLedger:
 
     async def create_collection(self, collection: Collection) -> None:
         """Add *collection*. Raises Conflict when the name is taken."""
-        await self._write(lambda connection: rows.create(connection, collection))
+        await self._write("create", lambda connection: rows.create(connection, collection))
 
     async def list_collections(self) -> list[Collection]:
         """Return all collections, by name."""
-        return await self._read(rows.collections)
+        return await self._read("collections", rows.collections)
 
     async def find_collection(self, name: str) -> Collection | None:
         """Return the collection of that name, if there is one."""
-        found = await self._read(lambda connection: rows.collections(connection, name))
+        found = await self._read("collections", lambda connection: rows.collections(connection, name))
         return found[0] if found else None
 
     async def delete_collection(self, uuid: str) -> bool:
         """Remove a collection with all its documents at once; their space is freed in the background."""
-        dropped = await self._write(lambda connection: rows.drop(connection, uuid))
+        dropped = await self._write("drop", lambda connection: rows.drop(connection, uuid))
         if dropped:
             self._clear_dropped()
         return dropped
@@ -137,27 +138,29 @@ class SqliteLedger:
             NotFound: The collection was deleted meanwhile.
             InvalidInput: A vector has not the collection's dimensions, or metadata cannot be written as JSON.
         """
-        return await self._write(lambda connection: rows.append(connection, uuid, upserts))
+        return await self._write("append", lambda connection: rows.append(connection, uuid, upserts))
 
     async def delete(self, uuid: str, ids: Sequence[str]) -> tuple[int, int]:
         """Delete those of *ids* that exist; return (how many, the last operation number). Raises NotFound."""
-        return await self._write(lambda connection: rows.delete(connection, uuid, ids))
+        return await self._write("delete", lambda connection: rows.delete(connection, uuid, ids))
 
     async def known(self, uuid: str, ids: Sequence[str]) -> dict[str, KnownDocument]:
         """Return what is held for those of *ids* that are live."""
-        return await self._read(lambda connection: rows.known(connection, uuid, ids))
+        return await self._read("known", lambda connection: rows.known(connection, uuid, ids))
 
     async def documents(self, uuid: str, ids: Sequence[str]) -> dict[str, LedgerDocument]:
         """Return the live documents among *ids*."""
-        return await self._read(lambda connection: rows.documents(connection, uuid, ids))
+        return await self._read("documents", lambda connection: rows.documents(connection, uuid, ids))
 
     async def operations_after(self, uuid: str, seq: int, *, limit: int) -> list[Operation]:
         """Return up to *limit* operations numbered above *seq*, in order; none for a collection that is gone."""
-        return await self._read(lambda connection: rows.operations_after(connection, uuid, seq, limit))
+        return await self._read(
+            "operations_after", lambda connection: rows.operations_after(connection, uuid, seq, limit)
+        )
 
     async def state(self, uuid: str) -> CollectionState:
         """Return the last operation number and the live count. Raises NotFound."""
-        return await self._read(lambda connection: rows.state(connection, uuid))
+        return await self._read("state", lambda connection: rows.state(connection, uuid))
 
     async def aclose(self) -> None:
         """Close the file; calls under way finish first, later ones raise NotReady. Closing twice does no harm."""
@@ -175,13 +178,15 @@ class SqliteLedger:
         self._read_threads.shutdown(wait=True)
         self._file.close()
 
-    async def _write(self, work: Callable[[apsw.Connection], T]) -> T:
+    async def _write(self, operation: str, work: Callable[[apsw.Connection], T]) -> T:
         self._check_open()
-        return await self._writer.write(work)
+        with span(f"ledger.{operation}"):
+            return await self._writer.write(work)
 
-    async def _read(self, work: Callable[[apsw.Connection], T]) -> T:
+    async def _read(self, operation: str, work: Callable[[apsw.Connection], T]) -> T:
         self._check_open()
-        return await asyncio.wrap_future(self._read_threads.submit(self._read_in_thread, work))
+        with span(f"ledger.{operation}"):
+            return await asyncio.wrap_future(self._read_threads.submit(self._read_in_thread, work))
 
     def _read_in_thread(self, work: Callable[[apsw.Connection], T]) -> T:
         connection = self._free.get()
@@ -210,7 +215,7 @@ class SqliteLedger:
         try:
             while self._to_clear:
                 self._to_clear = False
-                while await self._write(rows.clear):
+                while await self._write("clear", rows.clear):
                     pass
         except Exception:
             _log.warning("ledger_clearing_failed", path=str(self._path), exc_info=True)

@@ -1,0 +1,1 @@
+"""Measurements beside peers in the same run: `make bench-embedding`; figures are kept in RESULTS.md."""

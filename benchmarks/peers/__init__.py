@@ -1,0 +1,1 @@
+"""The servers we are compared with."""

@@ -1,0 +1,1 @@
+"""sentence-transformers behind FastAPI, as a first attempt would have it."""

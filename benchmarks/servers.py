@@ -1,0 +1,258 @@
+"""Starts the servers that are compared, each in a process group of its own, and ends no other process than those."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT
+from services.common.model_files import DEFAULT_MODEL, resolve_model
+
+PEERS = Path(__file__).parent / "peers"
+START_PATIENCE_S = 180.0
+STOP_PATIENCE_S = 15.0
+SETTLE_PATIENCE_S = 30.0
+SETTLE_LOOK_S = 0.3
+IDLE_SHARE = 0.2  # of one core: less than this is no work under way
+OURS, INFINITY, NAIVE = "tercet", "infinity", "naive"
+
+
+class ServerFailed(Exception):
+    """A server did not start; the message ends with the last lines it wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSpec:
+    """How one server is started and spoken to."""
+
+    name: str
+    command: Callable[[int], list[str]]
+    environ: Callable[[int], dict[str, str]]
+    ready_path: str
+    path: str
+    body: Callable[[Sequence[str], Mapping[str, str]], bytes]
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    spec: ServerSpec
+    port: int
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    host: str = "127.0.0.1"
+    paused: bool = field(default=False, init=False)
+
+    def get(self, path: str) -> Any:
+        """Return the JSON that a GET of *path* answers; None for anything but a 200."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            reply = connection.getresponse()
+            content = reply.read()
+            return json.loads(content) if reply.status == 200 else None
+        finally:
+            connection.close()
+
+    def ask(self, texts: Sequence[str]) -> float:
+        """Embed *texts* once and return the seconds it took. Raises ServerFailed when the answer is no 200."""
+        started = time.perf_counter()
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        try:
+            connection.request("POST", self.spec.path, self.spec.body(texts, {}), {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            content = reply.read()
+            if reply.status != 200:
+                raise ServerFailed(f"{self.spec.name} answered {reply.status}: {content[:300]!r}")
+            return time.perf_counter() - started
+        finally:
+            connection.close()
+
+    def pause(self) -> None:
+        """
+        Stop its processes from running, so that another server's figures are not touched.
+
+        It first finishes what callers who are gone have left it: the next round would pay for that, and a service that
+        watches its worker would find, once it runs again, a batch that took minutes.
+        """
+        if not self.paused:
+            self._settle()
+            self._signal(signal.SIGSTOP)
+            self.paused = True
+
+    def resume(self) -> None:
+        """Let it run again."""
+        if self.paused:
+            self._signal(signal.SIGCONT)
+            self.paused = False
+
+    def resident_mb(self) -> float:
+        """Return the resident memory (VmRSS) of all processes of its group, in MB of 10^6 bytes."""
+        lines = [line for text in self._proc("status") for line in text.splitlines()]
+        return sum(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024 / 1e6
+
+    def stop(self) -> None:
+        """End the group: politely, and after a while for good."""
+        self.resume()
+        self._signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_PATIENCE_S)
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def _settle(self) -> None:
+        give_up_at = time.monotonic() + SETTLE_PATIENCE_S
+        before_s = self._cpu_s()
+        while time.monotonic() < give_up_at:
+            time.sleep(SETTLE_LOOK_S)
+            now_s = self._cpu_s()
+            if now_s - before_s < SETTLE_LOOK_S * IDLE_SHARE:
+                return
+            before_s = now_s
+
+    def _cpu_s(self) -> float:
+        fields = [text.rpartition(")")[2].split() for text in self._proc("stat")]
+        return sum(int(user) + int(system) for user, system in (one[11:13] for one in fields)) / os.sysconf(
+            "SC_CLK_TCK"
+        )
+
+    def _proc(self, name: str) -> Iterator[str]:
+        for file in Path("/proc").glob(f"[0-9]*/{name}"):
+            with suppress(ProcessLookupError, FileNotFoundError):
+                if os.getpgid(int(file.parent.name)) == self.process.pid:
+                    yield file.read_text()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def model_directory() -> Path:
+    """Return the directory of the model that every server loads."""
+    return Path(resolve_model(DEFAULT_MODEL))
+
+
+def tercet(name: str = OURS, *, model: str = DEFAULT_MODEL, **environ: str) -> ServerSpec:
+    """Return our own service with *environ* added to its variables."""
+
+    def body(texts: Sequence[str], fields: Mapping[str, str]) -> bytes:
+        return _json({"inputs": texts[0] if len(texts) == 1 else texts, **fields})
+
+    return ServerSpec(
+        name,
+        command=lambda port: [sys.executable, "-m", "services.embedding"],
+        environ=lambda port: {"EMBEDDING_MODEL": model, "EMBEDDING_LISTEN_PORT": str(port), **environ},
+        ready_path="/readyz",
+        path="/embed",
+        body=body,
+    )
+
+
+def peers() -> list[ServerSpec]:
+    """Return the peers that `make bench-peers` has prepared; say which are missing."""
+    model = str(model_directory())
+    infinity = PEERS / "infinity" / ".venv" / "bin" / "infinity_emb"
+    options = f"--engine torch --device cpu --no-vector-disk-cache --host 127.0.0.1 --model-id {model}".split()
+    found = [
+        ServerSpec(
+            NAIVE,
+            command=lambda port: [
+                sys.executable,
+                "-m",
+                "uvicorn",
+                "benchmarks.peers.naive.app:app",
+                "--port",
+                str(port),
+            ],
+            environ=lambda port: {"MODEL": model},
+            ready_path="/health",
+            path="/embed",
+            body=lambda texts, fields: _json({"texts": list(texts)}),
+        )
+    ]
+    if infinity.exists():
+        found.insert(
+            0,
+            ServerSpec(
+                INFINITY,
+                command=lambda port: [str(infinity), "v2", *options, "--port", str(port)],
+                environ=lambda port: {"INFINITY_ANONYMOUS_USAGE_STATS": "0"},
+                ready_path="/health",
+                path="/embeddings",
+                body=lambda texts, fields: _json({"input": list(texts), "model": model}),
+            ),
+        )
+    else:
+        print(f"{INFINITY} is left out: {infinity} is missing (`make bench-peers` installs it)")
+    return found
+
+
+@contextmanager
+def running(specs: Sequence[ServerSpec], directory: Path) -> Iterator[dict[str, Running]]:
+    """Start *specs* one after the other, their output in *directory*, and give them, paused, by name; stop them at the end."""
+    with ExitStack() as stack:
+        servers = {}
+        for spec in specs:
+            server = _start(spec, directory / f"{spec.name}.log")
+            stack.callback(server.stop)
+            _wait_until_ready(server)
+            server.pause()
+            servers[spec.name] = server
+        yield servers
+
+
+@contextmanager
+def alone(servers: Mapping[str, Running], name: str) -> Iterator[Running]:
+    """Let only the server *name* run for a while."""
+    server = servers[name]
+    server.resume()
+    try:
+        yield server
+    finally:
+        server.pause()
+
+
+def _start(spec: ServerSpec, log: Path) -> Running:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("EMBEDDING_", "INFINITY_", "REDIS_"))}
+    offline = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            spec.command(port),
+            cwd=ROOT,
+            env={**inherited, **offline, **spec.environ(port)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Running(spec, port, process, log)
+
+
+def _wait_until_ready(server: Running) -> None:
+    give_up_at = time.monotonic() + START_PATIENCE_S
+    while time.monotonic() < give_up_at and server.process.poll() is None:
+        try:
+            if server.get(server.spec.ready_path) is not None:
+                return
+        except (OSError, http.client.HTTPException):
+            pass
+        time.sleep(0.1)
+    end = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
+    raise ServerFailed(f"{server.spec.name} did not start:\n{end}")
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

@@ -1,0 +1,154 @@
+"""
+How long a batch takes: a model of this model on this machine, measured at warm-up and kept up to date by what batches take.
+
+    seconds = c0 + c1 × padded tokens + c2 × padded tokens × longest        c ≥ 0, padded tokens = items × longest
+
+c0 is what any batch costs, c1 the work that is linear in tokens (projections, feed-forward), c2 attention.
+The coefficients minimise the squared relative error by non-negative least squares; with three of them every active set
+is tried (C. L. Lawson and R. J. Hanson, "Solving Least Squares Problems", 1974, ch. 23, gives the conditions).
+"""
+
+from collections.abc import Iterable
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Sample = tuple[int, int, float]  # items, longest tokens, seconds
+
+FORGET = 0.98  # What a sample counts for after the next one: about the last 50 batches matter.
+PRIOR_WEIGHT = (
+    4.0  # Samples that the measurement at warm-up counts for, for ever: batches of one size say nothing of others.
+)
+REFIT_EVERY = 4
+READY_AFTER = 20  # Batches, where nothing was measured at warm-up.
+SURPRISE = (
+    4.0  # A batch is counted as at most this much slower or faster than predicted: the machine was busy elsewhere.
+)
+SMALLEST_SECONDS = 1e-6
+BATCH_OVERHEAD_S = 0.0003  # Taking a batch and handing its results out, which the model's own time does not contain.
+NEAR_BEST = 0.98
+LEAST_BUDGET_SHARE = 0.25  # Of the most; c0 is the difference of larger numbers, and a noisy machine may hide it.
+
+_SCALE = np.array([1.0, 1e3, 1e5])
+_SUBSETS = [list(subset) for size in (3, 2, 1) for subset in combinations(range(3), size)]
+_DEFAULT = (0.001, 1 / 4_000, 0.0)
+_DEFAULT_SAMPLES = [
+    (items, tokens, _DEFAULT[0] + items * tokens * _DEFAULT[1]) for items in (1, 8, 32) for tokens in (8, 64, 256)
+]
+
+
+class CostModel:
+    """Predicts a batch's time. One thread observes; any may predict."""
+
+    def __init__(self) -> None:
+        self._gram = np.zeros((3, 3))
+        self._moment = np.zeros(3)
+        self._level = 1.0  # How much slower batches are now than the prior says.
+        self._prior = _DEFAULT
+        self._prior_gram, self._prior_moment = _normal_equations(_DEFAULT_SAMPLES)
+        self._coefficients = _DEFAULT
+        self._observed = 0
+        self._calibrated = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether predictions rest on measurements."""
+        return self._calibrated or self._observed >= READY_AFTER
+
+    def predict_s(self, items: int, longest_tokens: int) -> float:
+        """Return the seconds that a batch of *items*, padded to *longest_tokens*, is expected to take."""
+        constant, linear, attention = self._coefficients
+        return constant + items * longest_tokens * (linear + attention * longest_tokens)
+
+    def work_s(self, items: int, tokens: int, square_tokens: int, batch_tokens: int) -> float:
+        """
+        Return the seconds that *items* are expected to take in batches of *batch_tokens*, padding left out.
+
+        *tokens* and *square_tokens* are the sums of their lengths and of their lengths' squares.
+        """
+        constant, linear, attention = self._coefficients
+        batches = -(-tokens // max(1, batch_tokens)) if items else 0
+        return constant * batches + linear * tokens + attention * square_tokens
+
+    def budget_tokens(self, most: int) -> int:
+        """
+        Return the fewest padded tokens, a quarter of *most* to *most*, whose throughput is within 2 % of that of *most*.
+
+        With t(n) = c0 + c1 n, throughput n / t(n) is a share n c1 / t(n) of its limit, which is solved for n.
+        Shorter batches for the same throughput are shorter waits. Attention is left out: it only makes fewer suffice.
+        """
+        if not self.ready:
+            return most
+        constant, linear, _ = self._coefficients
+        if linear <= 0:
+            return most
+        overhead_tokens = (constant + BATCH_OVERHEAD_S) / linear
+        share = NEAR_BEST * most / (most + overhead_tokens)
+        return min(most, max(round(LEAST_BUDGET_SHARE * most), round(overhead_tokens * share / (1 - share))))
+
+    def calibrate(self, samples: Iterable[Sample]) -> None:
+        """Start again from *samples*: at least one batch that was measured on the idle machine."""
+        self._prior_gram, self._prior_moment = _normal_equations(list(samples))
+        self._prior = self._coefficients = _non_negative(self._prior_gram, self._prior_moment)
+        self._gram, self._moment = np.zeros((3, 3)), np.zeros(3)
+        self._level = 1.0
+        self._calibrated = True
+
+    def observe(self, items: int, longest_tokens: int, seconds: float) -> None:
+        """Learn that a batch took *seconds*."""
+        seconds = scale = max(seconds, SMALLEST_SECONDS)
+        if self.ready:
+            # Errors relative to the prediction: relative to what was measured, slow batches would count for too little.
+            scale = max(self.predict_s(items, longest_tokens), SMALLEST_SECONDS)
+            seconds = min(max(seconds, scale / SURPRISE), scale * SURPRISE)
+        gram, moment = _normal_equations([(items, longest_tokens, seconds)], scale)
+        self._gram = FORGET * self._gram + gram
+        self._moment = FORGET * self._moment + moment
+        constant, linear, attention = self._prior
+        padded = items * longest_tokens
+        prior = max(constant + padded * (linear + attention * longest_tokens), SMALLEST_SECONDS)
+        self._observed += 1
+        self._level += max(0.1, 1 / self._observed) * (seconds / prior - self._level)
+        if self._observed % REFIT_EVERY == 0 or not self.ready:
+            # The prior at today's level: its weights are relative errors, so they shrink with the square of the level.
+            weight = PRIOR_WEIGHT / self._level**2
+            self._coefficients = _non_negative(
+                self._gram + weight * self._prior_gram, self._moment + weight * self._level * self._prior_moment
+            )
+
+    def as_dict(self) -> dict[str, float | bool]:
+        """Return the coefficients in milliseconds, for people."""
+        constant, linear, attention = self._coefficients
+        return {
+            "ready": self.ready,
+            "batch_ms": round(constant * 1e3, 3),
+            "ms_per_1000_tokens": round(linear * 1e6, 3),
+            "attention_ms_per_1000_tokens_of_length_100": round(attention * 1e8, 3),
+            "batches": self._observed,
+        }
+
+
+def _normal_equations(
+    samples: list[Sample], scale_s: float | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return XᵀX and Xᵀy for the mean squared error relative to *scale_s*, else to each sample's own, in scaled features."""
+    rows = np.array([(1.0, items * longest, items * longest * longest) for items, longest, _ in samples]) / _SCALE
+    seconds = np.maximum([seconds for _, _, seconds in samples], SMALLEST_SECONDS)
+    scale = seconds if scale_s is None else np.full(len(samples), scale_s)
+    rows = rows / scale[:, None]
+    return rows.T @ rows / len(samples), rows.T @ (seconds / scale) / len(samples)
+
+
+def _non_negative(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Return the coefficients c ≥ 0, unscaled, that minimise cᵀ gram c − 2 momentᵀ c."""
+    gram = gram + np.eye(3) * 1e-9 * max(float(np.trace(gram)), 1e-300)
+    best, best_loss = np.zeros(3), 0.0
+    for subset in _SUBSETS:
+        solution = np.linalg.solve(gram[np.ix_(subset, subset)], moment[subset])
+        loss = -float(moment[subset] @ solution)
+        if loss < best_loss and (solution >= 0).all():
+            best, best_loss = np.zeros(3), loss
+            best[subset] = solution
+    constant, linear, attention = best / _SCALE
+    return float(constant), float(linear), float(attention)
