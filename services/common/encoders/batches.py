@@ -40,12 +40,12 @@ def padded(
 
 def rounded_up(size: int) -> int:
     """
-    Return the least of 1 to 16, then of multiples of 2 to 32, 4 to 64, 8 to 128 and so on, that is at least *size*.
+    Return the least of 1 to 16, then of multiples of 2 to 64, 4 to 256, 8 to 1,024 and so on, that is at least *size*.
 
-    At most an eighth more, and few enough that a runtime which prepares itself for each shape meets each soon.
+    Less than a sixteenth more, and few enough that a runtime which prepares itself for each shape meets each soon.
     """
     step = 1
-    while size > 16 * step:
+    while size > 16 * step * step:
         step *= 2
     return -(-size // step) * step
 

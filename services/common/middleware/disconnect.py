@@ -4,7 +4,7 @@ import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-WATCH_AFTER_S = 0.01  # What is answered by then is not worth the task that watches for its caller.
+WATCH_AFTER_S = 0.05
 
 
 class DisconnectMiddleware:
