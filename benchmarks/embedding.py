@@ -20,12 +20,13 @@ from benchmarks.load import LoadFailed, find_wrk
 from benchmarks.report import Row
 from benchmarks.servers import OURS, Running, ServerFailed, ServerSpec, model_directory, peers, running, tercet
 from benchmarks.texts import LONG_TOKENS, SHORT_TOKENS, check_lengths, model_token_counter, texts
-from benchmarks.throughput import idle, long_texts, short_texts
+from benchmarks.throughput import idle, long_texts, paused, short_texts
 
 BESIDE_PEERS: dict[str, Callable[[Effort, Mapping[str, Running], str | None], Row]] = {
     "short": short_texts,
     "long": long_texts,
     "idle": idle,
+    "paused": paused,
     "bulk": queries_amid_bulk,
 }
 ALONE = ("memory", "cache", "gpu")

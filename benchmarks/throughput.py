@@ -1,4 +1,4 @@
-"""Rows 1 to 3: short texts from many clients, long texts in batches, one short text on an idle server; beside the peers."""
+"""Rows 1 to 3: short texts from many clients, long texts in batches, one short text at a time; beside the peers."""
 
 import math
 from collections import defaultdict
@@ -108,27 +108,41 @@ def long_texts(effort: Effort, servers: Mapping[str, Running], wrk: str | None) 
 
 
 def idle(effort: Effort, servers: Mapping[str, Running], wrk: str | None) -> Row:
-    """One short text at a time on an idle server."""
+    """One short text at a time on an otherwise idle server."""
+    how = "one asyncio client that sends the next request when the last is answered. To reach: p50 ≤ 3 ms."
+    return _one_at_a_time("idle", "1 short text, idle", how, effort, servers, pause_s=0.0)
+
+
+def paused(effort: Effort, servers: Mapping[str, Running], wrk: str | None) -> Row:
+    """As `idle`, with pauses that are long enough for the cores to go to sleep."""
+    how = f"as above, but the client pauses {IDLE_PAUSE_S * 1000:g} ms between requests, and the cores go to sleep."
+    return _one_at_a_time("paused", "1 short text, now and then", how, effort, servers, pause_s=IDLE_PAUSE_S)
+
+
+def _one_at_a_time(
+    name: str, title: str, how: str, effort: Effort, servers: Mapping[str, Running], *, pause_s: float
+) -> Row:
     duration_s = effort.seconds(5, least=2)
     row = Row(
-        "idle",
-        "1 short text, idle",
-        f"{effort.rounds} rounds of {duration_s:g} s per server in turn, the others stopped; one asyncio client that pauses "
-        f"{IDLE_PAUSE_S * 1000:g} ms between requests. To reach: p50 ≤ 3 ms.",
+        name,
+        title,
+        f"{effort.rounds} rounds of {duration_s:g} s per server in turn, the others stopped; {how}",
         ("server", "requests/s", "p50 ms", "p99 ms", f"its p50 / {OURS}'s"),
     )
     stretch = Stretch(1, duration_s)
     results: dict[str, list[LoadResult]] = defaultdict(list)
     for turn in range(effort.rounds):
-        for name in servers:
-            with alone(servers, name) as server:
+        for server_name in servers:
+            with alone(servers, server_name) as server:
                 requests, fitted = prepare(server, stretch, texts_each=1, tokens=SHORT_TOKENS, seed=100 + turn)
-                results[name].append(send(server, requests, fitted, pause_s=IDLE_PAUSE_S).result())
+                results[server_name].append(send(server, requests, fitted, pause_s=pause_s).result())
     _add_latency_lines(row, results, lambda one: 1 / one.p50_ms)
-    for name, stretches in results.items():
+    for server_name, stretches in results.items():
         pooled = [latency for one in stretches for latency in one.latencies_ms]
-        row.findings.append(f"{name}: p99 of all {len(pooled):,} requests together {number(percentile(pooled, 99))} ms")
-    row.bars["p50 ms"] = {name: spread([one.p50_ms for one in results[name]]) for name in results}
+        row.findings.append(
+            f"{server_name}: p99 of all {len(pooled):,} requests together {number(percentile(pooled, 99))} ms"
+        )
+    row.bars["p50 ms"] = {each: spread([one.p50_ms for one in results[each]]) for each in results}
     return row
 
 
