@@ -18,6 +18,8 @@ MAX_BACKOFF_S = 15.0
 STABLE_AFTER_S = 30.0
 MAX_LOG_BYTES = 10 * 1024 * 1024
 _POLL_S = 0.1
+_LIFE_POLL_S = 2.0
+_SAID_DEAD = 2  # Times in a row that a service must say on /livez that it cannot work any more.
 _PROBE_TIMEOUT_S = 2.0
 _ERROR_TAIL_LINES = 6
 _PR_SET_PDEATHSIG = 1
@@ -113,12 +115,16 @@ class Supervised:
     async def _keep_running(self, process: asyncio.subprocess.Process | None, started: float) -> None:
         backoff_s = self._first_backoff_s
         readiness: asyncio.Task[bool] | None = None
+        life: asyncio.Task[None] | None = None
         try:
             while True:
+                if process is not None:
+                    life = asyncio.create_task(self._end_when_dead(process))
                 status = await process.wait() if process else None
                 self.is_ready = False
-                if readiness is not None:
-                    readiness.cancel()
+                for task in (readiness, life):
+                    if task is not None:
+                        task.cancel()
                 if process is not None:
                     _kill_group(process.pid)
                 up_s = time.monotonic() - started
@@ -134,8 +140,20 @@ class Supervised:
                     process = await self._spawn()
                     readiness = asyncio.create_task(self._wait_until_ready(process, started))
         finally:
-            if readiness is not None:
-                readiness.cancel()
+            for task in (readiness, life):
+                if task is not None:
+                    task.cancel()
+
+    async def _end_when_dead(self, process: asyncio.subprocess.Process) -> None:
+        """Kill *process* once it says of itself that it cannot work any more: its model hangs, or its worker died."""
+        said = 0
+        async with httpx2.AsyncClient(trust_env=False, timeout=_PROBE_TIMEOUT_S) as http:
+            while process.returncode is None and said < _SAID_DEAD:
+                await asyncio.sleep(_LIFE_POLL_S)
+                with contextlib.suppress(httpx2.HTTPError):
+                    said = said + 1 if (await http.get(f"{self.spec.url}/livez")).status_code == 503 else 0
+        if process.returncode is None:
+            _kill_group(process.pid)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         _rotate(self.spec.log)

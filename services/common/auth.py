@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from services.common.errors import Forbidden, Unauthenticated
 from services.common.governor import Limits
-from services.common.settings import ServiceSettings, SettingsError
+from services.common.settings import ModelServiceSettings, ServiceSettings, SettingsError
 from services.common.wire.keys import KeyEntry, KeyScope
 
 ALL: KeyScope = "admin"  # May do everything.
@@ -102,12 +102,10 @@ _ENTRIES = TypeAdapter(Annotated[list[KeyEntry], Field(min_length=1)])
 
 def limits_of(settings: ServiceSettings) -> Limits:
     """Return what a caller of whom nothing else is said is allowed."""
-    return Limits(
-        requests_per_s=settings.requests_per_s,
-        requests_burst=settings.requests_burst,
-        tokens_per_s=settings.tokens_per_s,
-        tokens_burst=settings.tokens_burst,
-    )
+    usual = Limits(requests_per_s=settings.requests_per_s, requests_burst=settings.requests_burst)
+    if isinstance(settings, ModelServiceSettings):
+        usual = replace(usual, tokens_per_s=settings.tokens_per_s, tokens_burst=settings.tokens_burst)
+    return usual
 
 
 def open_key_ring(settings: ServiceSettings) -> KeyRing | None:

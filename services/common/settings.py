@@ -46,12 +46,6 @@ class ServiceSettings(BaseSettings):
     requests_burst: Annotated[int, Field(ge=1)] = Field(
         default=50, description="… and how many at once before that rate holds."
     )
-    tokens_per_s: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="Model tokens that each key or address may use, counted afterwards; 0 is no limit."
-    )
-    tokens_burst: Annotated[int, Field(ge=1)] = Field(
-        default=100_000, description="… and how many at once before that rate holds."
-    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Origins whose pages may call this service from a browser, with commas; `*` is all."
     )
@@ -146,9 +140,15 @@ class ModelServiceSettings(ServiceSettings):
         default=None,
         description="Where converted models and measured choices are kept; `~/.cache/tercet` when unset.",
     )
+    tokens_per_s: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Model tokens that each key or address may use, counted afterwards; 0 is no limit."
+    )
+    tokens_burst: Annotated[int, Field(ge=1)] = Field(
+        default=100_000, description="… and how many at once before that rate holds."
+    )
     tokenizer_threads: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Threads that tokenise.")
     hang_s: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="A batch that runs longer means the worker hangs: waiters fail and /livez turns red."
+        default=30.0, description="A batch that runs longer means the worker hangs: waiters fail and /livez turns red."
     )
 
 

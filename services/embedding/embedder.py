@@ -205,7 +205,7 @@ class Embedder:
         self, texts: Sequence[str], *, add_special_tokens: bool = True, prompt_name: str | None = None
     ) -> list[list[TokenPiece]]:
         """Return every token of each text, uncut, the prompt *prompt_name* before it. Raises InvalidInput."""
-        prompt = prompt_for(self.info.prompts, input_type=None, prompt_name=prompt_name)
+        prompt = self._prompt(None, prompt_name)
 
         def run() -> list[list[TokenPiece]]:
             return [self.backend.pieces(prompt + text, add_special_tokens=add_special_tokens) for text in texts]
@@ -224,12 +224,16 @@ class Embedder:
 
         return await asyncio.to_thread(run)
 
+    def _prompt(self, input_type: InputType | None, prompt_name: str | None) -> str:
+        default = self.info.default_prompt
+        return prompt_for(self.info.prompts, input_type=input_type, prompt_name=prompt_name, default=default)
+
     def _work(self, inputs: Sequence[Input], options: EmbedOptions, field: str, *, per_token: bool) -> list[Work]:
         if not inputs:
             raise EmptyInput(f"{field} holds nothing to embed", param=field)
         if len(inputs) > self._max_inputs:
             raise TooLarge(f"{field} holds {len(inputs):,} inputs; send at most {self._max_inputs:,}", param=field)
-        prompt = prompt_for(self.info.prompts, input_type=options.input_type, prompt_name=options.prompt_name)
+        prompt = self._prompt(options.input_type, options.prompt_name)
         strict, direction = not options.truncate, options.truncation_direction
         work = [
             Work(prompt, one, len(one), index, field, direction, strict, per_token) for index, one in enumerate(inputs)

@@ -51,7 +51,7 @@ def _load(spec: ModelSpec, settings: EmbeddingSettings, device: str) -> Backend:
             projection=Path(projection) if projection else None,
             trust_remote_code=settings.trust_remote_code,
             cache_dir=settings.model_cache_dir,
-            threads=settings.threads,
+            threads=settings.inference_threads,
         ),
     )
 

@@ -20,9 +20,9 @@ class ModelInfo:
     A model's identity. Two models with the same *fingerprint* give the same vectors, whatever machine runs them.
 
     *prompts* maps prompt names (`query` and `document` among them, where the model wants any) to the text that goes
-    before an input. *dimensions* are the sizes that vectors may be cut to (Matryoshka), smallest first, empty where
-    the model declares none. *weights_bytes* is what the weights take in memory. *revision* is a content hash.
-    *vocabulary_size* bounds token ids that callers send; 0 when the model does not say.
+    before an input, *default_prompt* the one of them for inputs of no stated type. *dimensions* are the sizes that
+    vectors may be cut to (Matryoshka), smallest first, empty where the model declares none. *weights_bytes* is what the
+    weights take in memory. *revision* is a content hash. *vocabulary_size* bounds token ids that callers send; 0 when the model does not say.
     """
 
     name: str
@@ -40,6 +40,7 @@ class ModelInfo:
     weights_bytes: int = 0
     device: str = "cpu"
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    default_prompt: str | None = None
 
 
 class Backend(Protocol):

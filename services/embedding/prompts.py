@@ -90,15 +90,17 @@ def complete_prompts(own: Mapping[str, str], name: str) -> tuple[dict[str, str],
     return {**family.prompts(), **prompts}, family.name
 
 
-def prompt_for(prompts: Mapping[str, str], *, input_type: InputType | None, prompt_name: str | None) -> str:
+def prompt_for(
+    prompts: Mapping[str, str], *, input_type: InputType | None, prompt_name: str | None, default: str | None = None
+) -> str:
     """
-    Return the text that goes before each input; empty when nothing was asked, or the model wants none.
+    Return the text that goes before each input: of the prompt that was asked for, else of the model's *default*.
 
     Raises:
         InvalidInput: Both are given, or the model has no prompt of that name.
     """
     if prompt_name is None:
-        return prompts.get(input_type, "") if input_type else ""
+        return prompts.get(input_type or default or "", "")
     if input_type is not None:
         raise InvalidInput("prompt_name and input_type exclude each other: send one of them", param="prompt_name")
     if prompt_name not in prompts:

@@ -125,7 +125,7 @@ def _items(made: Embeddings, encoding: str, rows: list[Any]) -> list[dict[str, A
 @router.post("/tokenize", summary="Texts to tokens")
 async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeReply:
     """Return every token of each text, uncut, with the characters it covers."""
-    async with models_of(request).use(body.model) as embedder:
+    async with models_of(request).use(body.model, deadline_of(request)) as embedder:
         texts = await embedder.tokenize(
             body.texts(), add_special_tokens=body.add_special_tokens, prompt_name=body.prompt_name
         )
@@ -168,7 +168,7 @@ async def info(request: Request, model: str | None = None) -> EmbeddingInfo:
     """Describe a model: its fingerprint, the runtime and the precision with the reason they were chosen, the limits."""
     resources = embedding_of(request)
     settings = resources.settings
-    async with resources.models.use(model) as embedder:
+    async with resources.models.use(model, deadline_of(request)) as embedder:
         about = embedder.info
         return EmbeddingInfo(
             model=about.name,

@@ -42,7 +42,8 @@ class EmbeddingSettings(ModelServiceSettings):
         default=None, description="How token vectors become one; the model's own modules say when unset."
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Longer texts are cut to this; the model's own limit when unset, and never above it."
+        default=None,
+        description="Longer texts are cut to this; unset: the model's own limit. Not above the positions that it has.",
     )
     projection: Path | None = Field(
         default=None, description="A projection that `tercet fit-pca` wrote, applied to every vector."
@@ -50,7 +51,6 @@ class EmbeddingSettings(ModelServiceSettings):
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that comes with a model's files. Only for models you trust as code."
     )
-    threads: Annotated[int, Field(ge=0)] = Field(default=0, description="Threads of the model on a CPU; 0: all cores.")
     model_cache_dir: Path | None = Field(
         default=None, description="Where converted models and measurements are kept; ~/.cache/tercet when unset."
     )
@@ -73,7 +73,7 @@ class EmbeddingSettings(ModelServiceSettings):
     )
     auto_truncate: bool = Field(
         default=True,
-        description="What OpenAI's, TEI's and /api/v1's routes do with a text over the model's limit unless the request says: "
+        description="What becomes of a text over the model's limit when the request does not say, on every route: "
         "true cuts it, false refuses it.",
     )
     max_batch_tokens: Annotated[int, Field(ge=512)] = Field(

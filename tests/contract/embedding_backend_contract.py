@@ -137,7 +137,8 @@ class EmbeddingBackendContract:
         for item, row in zip(batch, rows, strict=True):
             assert np.all(np.linalg.norm(row, axis=1) > 0)
             (alone,) = backend.token_vectors([item])
-            assert (alone * row).sum(axis=1).min() > 1 - 100 * self.tolerance
+            lengths = np.linalg.norm(alone, axis=1) * np.linalg.norm(row, axis=1)
+            assert ((alone * row).sum(axis=1) / lengths).min() > 1 - 100 * self.tolerance
 
     def test_both_kinds_of_vectors_may_alternate(self, backend: Backend) -> None:
         """Asking for token vectors in between changes no text's vector."""

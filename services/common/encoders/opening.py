@@ -1,6 +1,6 @@
 """A model's name to a running encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +10,7 @@ import structlog
 from services.common.encoders.apart import measured_apart
 from services.common.encoders.choice import REFERENCE, Candidate, Unusable, candidates, choose
 from services.common.encoders.description import ModelDescription, variant_of
-from services.common.encoders.golden import SHORT_GOLDEN_TEXTS, agreement
+from services.common.encoders.golden import MIN_COSINE, SHORT_GOLDEN_TEXTS, agreement
 from services.common.encoders.graph_encoder import (
     GraphEncoder,
     GraphError,
@@ -53,7 +53,21 @@ def open_encoder(name: str, options: EncoderOptions) -> Encoder:
         encoder = _as_kept(asked)
         if encoder is None and options.measure_apart and asked.device == "cpu" and measured_apart(name, options):
             encoder = _as_kept(asked)
+            if encoder is not None:
+                _tell(asked, encoder)
         return encoder or _measured(asked)
+
+
+def _tell(asked: "_Asked", encoder: Encoder) -> None:
+    """Log what was chosen, as a warning where it loses more than `auto` would take."""
+    least = min((figures["min_cosine"] for figures in _chosen(encoder)), default=1.0)
+    say = log.warning if least < MIN_COSINE else log.info
+    say("encoder_chosen", model=asked.opening.name, reason=encoder.reason, measured=encoder.measured)
+
+
+def _chosen(encoder: Encoder) -> list[Mapping[str, float]]:
+    start = f"{encoder.runtime} {encoder.precision}"
+    return [figures for candidate, figures in encoder.measured.items() if candidate.startswith(start)]
 
 
 def measure(name: str, options: EncoderOptions) -> None:
@@ -95,7 +109,7 @@ def _measured(asked: _Asked) -> Encoder:
     encoder, choice = choose(asked.tried, opening.make, opening.reference(), honour=honour)
     encoder.reason, encoder.measured = choice.reason, choice.measured
     asked.store.save(asked.key, encoder.description, opening.tokenizer_json, choice)
-    log.info("encoder_chosen", model=opening.name, reason=choice.reason, measured=choice.measured)
+    _tell(asked, encoder)
     return encoder
 
 

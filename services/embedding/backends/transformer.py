@@ -38,6 +38,7 @@ class TransformerBackend:
             weights_bytes=self._encoder.weights_bytes,
             device=self._encoder.device,
             measured=self._encoder.measured,
+            default_prompt=description.default_prompt,
         )
 
     @property

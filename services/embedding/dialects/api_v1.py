@@ -30,7 +30,7 @@ router = APIRouter(prefix="/api/v1", route_class=JsonRoute, tags=["api_v1"])
 
 async def _embed(request: Request, texts: Sequence[str], options: EmbedOptions, field: str) -> Embeddings:
     check_inputs(request, texts, field)
-    async with models_of(request).use(None) as embedder:
+    async with models_of(request).use(None, deadline_of(request)) as embedder:
         made = await embedder.embed(
             texts,
             options,

@@ -50,7 +50,7 @@ async def embed_openai(
 @router.post("/embeddings", summary="OpenAI-compatible embeddings", responses={200: {"model": OpenAIEmbeddingReply}})
 async def embeddings(request: Request, body: OpenAIEmbeddingRequest) -> Response:
     """Embed one input or up to 2,048, texts or token ids; unit-length vectors, as floats or as base64 of float32."""
-    async with models_of(request).use(body.model) as embedder:
+    async with models_of(request).use(body.model, deadline_of(request)) as embedder:
         response, _ = await embed_openai(request, body, embedder)
         return response
 

@@ -90,7 +90,7 @@ async def embed(request: Request, body: TeiEmbedRequest) -> Response:
     started = time.perf_counter()
     inputs = body.input_list()
     check_inputs(request, inputs, "inputs")
-    async with models_of(request).use(None) as embedder:
+    async with models_of(request).use(None, deadline_of(request)) as embedder:
         made = await embedder.embed(
             inputs,
             _options(request, body, normalize=body.normalize, dimensions=body.dimensions),
@@ -111,7 +111,7 @@ async def embed_all(request: Request, body: TeiEmbedAllRequest) -> Response:
     started = time.perf_counter()
     inputs = body.input_list()
     check_inputs(request, inputs, "inputs")
-    async with models_of(request).use(None) as embedder:
+    async with models_of(request).use(None, deadline_of(request)) as embedder:
         made = await embedder.embed_tokens(
             inputs,
             _options(request, body),
@@ -132,7 +132,7 @@ async def similarity(request: Request, body: TeiSimilarityRequest) -> Response:
     check_inputs(request, sentences, "inputs.sentences", more=1)
     if not body.inputs.source_sentence:
         raise EmptyInput("`inputs.source_sentence` cannot be empty", param="inputs.source_sentence")
-    async with models_of(request).use(None) as embedder:
+    async with models_of(request).use(None, deadline_of(request)) as embedder:
         made = await embedder.embed(
             [body.inputs.source_sentence, *sentences],
             _options(request, body.parameters or TruncatingRequest()),
@@ -153,7 +153,7 @@ async def similarity(request: Request, body: TeiSimilarityRequest) -> Response:
 async def openai_embeddings(request: Request, body: TeiOpenAIRequest) -> Response:
     """Answer as /v1/embeddings does, with TEI's headers; `model` is not looked at, as in TEI."""
     started = time.perf_counter()
-    async with models_of(request).use(None) as embedder:
+    async with models_of(request).use(None, deadline_of(request)) as embedder:
         response, made = await embed_openai(request, body, embedder)
         response.headers.update(_headers(embedder, made, started))
         return response
@@ -164,7 +164,7 @@ async def tokenize(request: Request, body: TeiTokenizeRequest) -> Response:
     """Answer with each text's tokens, uncut."""
     texts = body.texts()
     check_inputs(request, texts, "inputs")
-    async with models_of(request).use(None) as embedder:
+    async with models_of(request).use(None, deadline_of(request)) as embedder:
         tokenized = await embedder.tokenize(
             texts, add_special_tokens=body.add_special_tokens, prompt_name=body.prompt_name
         )
@@ -202,7 +202,7 @@ async def decode(request: Request, body: TeiDecodeRequest) -> list[str]:
     """Answer with one text a sequence of ids."""
     sequences = body.sequences()
     check_inputs(request, sequences, "ids")
-    async with models_of(request).use(None) as embedder:
+    async with models_of(request).use(None, deadline_of(request)) as embedder:
         return await embedder.decode(sequences, skip_special_tokens=body.skip_special_tokens)
 
 
@@ -222,7 +222,7 @@ async def health(request: Request) -> Response:
 async def info(request: Request) -> TeiInfo:
     """Describe the default model in TEI's terms."""
     settings = embedding_of(request).settings
-    async with models_of(request).use(None) as embedder:
+    async with models_of(request).use(None, deadline_of(request)) as embedder:
         model: ModelInfo = embedder.info
     return TeiInfo(
         model_id=model.name,
