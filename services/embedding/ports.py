@@ -22,7 +22,8 @@ class ModelInfo:
     *prompts* maps prompt names (`query` and `document` among them, where the model wants any) to the text that goes
     before an input, *default_prompt* the one of them for inputs of no stated type. *dimensions* are the sizes that
     vectors may be cut to (Matryoshka), smallest first, empty where the model declares none. *weights_bytes* is what the
-    weights take in memory. *revision* is a content hash. *vocabulary_size* bounds token ids that callers send; 0 when the model does not say.
+    weights take in memory. *revision* is a content hash. *vocabulary_size* bounds token ids
+    that callers send; 0 when the model does not say.
     """
 
     name: str
