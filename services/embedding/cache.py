@@ -1,5 +1,6 @@
 """The vector cache: in this process, or in Redis when there is one."""
 
+import asyncio
 import struct
 import time
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from services.common.key_value import KeyValueStore
 from services.embedding.ports import CachedVector
 
 KEY_PREFIX = b"tercet:vector:"
+RECENT_S = 1.0
 ENTRY_OVERHEAD_BYTES = 400  # What Python keeps for an entry besides the numbers.
 
 # Magic with a version, whether the text was cut, the tokens read, the dimensions; then the numbers, little-endian float32.
@@ -44,16 +46,20 @@ class MemoryVectorCache:
         return entry[1]
 
     async def put_many(self, entries: Mapping[bytes, CachedVector]) -> None:
-        """See VectorCache; never waits. An entry over the whole bound is not kept."""
-        dies_at = time.monotonic() + self._ttl_s
+        """See VectorCache; never waits."""
         for key, entry in entries.items():
-            self._drop(key)
-            size = _size(entry)
-            if size > self._max_bytes:
-                continue
-            # A copy: the vector is a row of a whole batch, which would stay in memory with it.
-            self._entries[key] = (dies_at, CachedVector(entry.vector.copy(), entry.tokens, entry.truncated))
-            self._bytes += size
+            self.keep(key, entry)
+
+    def keep(self, key: bytes, entry: CachedVector) -> None:
+        """See VectorCache. An entry over the whole bound is not kept."""
+        self._drop(key)
+        size = _size(entry)
+        if size > self._max_bytes:
+            return
+        # A copy: the vector is a row of a whole batch, which would stay in memory with it.
+        kept = CachedVector(entry.vector.copy(), entry.tokens, entry.truncated)
+        self._entries[key] = (time.monotonic() + self._ttl_s, kept)
+        self._bytes += size
         while self._bytes > self._max_bytes:
             self._drop(next(iter(self._entries)))
 
@@ -76,6 +82,7 @@ class RedisVectorCache:
     def __init__(self, store: KeyValueStore, *, ttl_s: float) -> None:
         self._store = store
         self._ttl_ms = max(1, int(ttl_s * 1000))
+        self._recent: dict[bytes, CachedVector] = {}
 
     async def get_many(self, keys: Sequence[bytes]) -> list[CachedVector | None]:
         """See VectorCache; what cannot be read as an entry is a miss too."""
@@ -84,19 +91,26 @@ class RedisVectorCache:
         raw = await self._store.attempt(lambda redis: redis.mget([KEY_PREFIX + key for key in keys]))
         if raw is None:
             return [None] * len(keys)
-        return [unpack(value) for value in raw]
+        return [unpack(value) or self._recent.get(key) for key, value in zip(keys, raw, strict=True)]
+
+    def keep(self, key: bytes, entry: CachedVector) -> None:
+        """See VectorCache: for a moment, in this process, for those whose question Redis answered before it had the entry."""
+        self._recent[key] = CachedVector(entry.vector.copy(), entry.tokens, entry.truncated)
+        asyncio.get_running_loop().call_later(RECENT_S, self._recent.pop, key, None)
 
     async def put_many(self, entries: Mapping[bytes, CachedVector]) -> None:
         """See VectorCache."""
 
-        async def run(redis: Any) -> None:
+        async def run(redis: Any) -> bool:
             async with redis.pipeline(transaction=False) as pipeline:
                 for key, entry in entries.items():
                     pipeline.set(KEY_PREFIX + key, pack(entry), px=self._ttl_ms)
                 await pipeline.execute()
+            return True
 
-        if entries:
-            await self._store.attempt(run)
+        if entries and not await self._store.attempt(run):
+            for key in entries:
+                self._recent.pop(key, None)
 
     async def aclose(self) -> None:
         """Close connections."""

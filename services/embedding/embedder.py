@@ -116,6 +116,9 @@ class Embedder:
         self.placement = Placement(backends, [EmbeddingEngine(one) for one in backends], limits, turn_for, watch)
         self.batcher = self.placement.sites[0].batcher
         self._cache = cache
+        if cache is not None:
+            for site in self.placement.sites:
+                site.batcher.keep = self._keep
         self._max_inputs = max_inputs
         self._observer = observer
         self._keys = VectorKeys(info.fingerprint, info.max_tokens)
@@ -223,6 +226,10 @@ class Embedder:
             return [self.backend.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
 
         return await asyncio.to_thread(run)
+
+    def _keep(self, key: Hashable, output: CachedVector) -> None:
+        if self._cache is not None and isinstance(key, bytes) and output.vector.ndim == 1:
+            self._cache.keep(key, output)
 
     def _prompt(self, input_type: InputType | None, prompt_name: str | None) -> str:
         default = self.info.default_prompt

@@ -101,6 +101,10 @@ class VectorCache(Protocol):
         """Return one entry a key, in order, None where there is none: one round trip for all of them."""
         ...
 
+    def keep(self, key: bytes, entry: CachedVector) -> None:
+        """Keep *entry* where that can be done at once; elsewhere nothing, and `put_many` follows."""
+        ...
+
     async def put_many(self, entries: Mapping[bytes, CachedVector]) -> None:
         """Keep *entries*, in one round trip."""
         ...

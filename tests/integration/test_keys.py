@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from services.common.app import caller_of, charge_tokens, create_service_app
 from services.common.http_errors import JsonRoute
 from services.common.metrics import Metrics
-from services.common.settings import ServiceSettings
+from services.common.settings import ModelServiceSettings, ServiceSettings
 from services.common.wire.base import ReplyModel
 from services.rerank.app import create_app as create_rerank
 from services.rerank.settings import RerankSettings
@@ -92,7 +92,7 @@ def start(serve: Serve):
     def start(**settings: Any):
         routers = [make_router(prefix) for prefix in SHAPES]
         app = create_service_app(
-            "embedding", ServiceSettings(**settings), build, routers, description="", dialects=DIALECTS
+            "embedding", ModelServiceSettings(**settings), build, routers, description="", dialects=DIALECTS
         )
         return serve(app)
 

@@ -70,6 +70,8 @@ class Batcher(Generic[ItemT, OutputT]):
         self._jobs: set[Job[OutputT]] = set()
         self._in_flight: dict[Hashable, Work] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        # Is given each output that has a key, in the event loop, before its work is forgotten: who asks next finds one or other.
+        self.keep: Callable[[Hashable, OutputT], None] = lambda _key, _output: None
         # Are told, in the event loop, how many seconds a chunk took to prepare, and how many items were under way already.
         self.observe_tokenised: Callable[[Lane, float], None] = lambda _lane, _seconds: None
         self.observe_coalesced: Callable[[Lane, int], None] = lambda _lane, _items: None
@@ -274,6 +276,8 @@ class Batcher(Generic[ItemT, OutputT]):
 
     def _deliver(self, batch: list[Work], outputs: Sequence[OutputT], started: float, seconds: float) -> None:
         for work, output in zip(batch, outputs, strict=True):
+            if work.key is not None:
+                self.keep(work.key, output)
             self._forget(work)
             for job, position in work.waiters:
                 job.take(position, output, batch, work.queued_at, started, seconds)

@@ -32,7 +32,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 _POOLED, _PER_TOKEN = 0, 1
 # What the runtime keeps of the shapes it has met, some six entries each: by default 5,000, which is most of a gigabyte.
 # A shape that was forgotten costs 2 ms more.
-RUNTIME_CACHE_ENTRIES = 1_000
+RUNTIME_CACHE_ENTRIES = 400
 _GRAPH_FILE = "model.xml"
 
 
