@@ -10,17 +10,10 @@ import httpx2
 import orjson
 from pydantic import BaseModel, ValidationError
 
+from services.common.wire.collections import CollectionList, CollectionReply
+from services.common.wire.documents import DeleteReply, Document, StoredDocument, WriteReply
 from services.common.wire.errors import ErrorBody, ErrorEnvelope
-from services.common.wire.search import (
-    CollectionList,
-    CollectionReply,
-    DeleteReply,
-    Document,
-    SearchReply,
-    StatusReply,
-    StoredDocument,
-    WriteReply,
-)
+from services.common.wire.search import SearchReply, StatusReply
 from tercet.errors import IndexingFailed, TercetApiError, TercetClientError, TercetUnreachable
 from tercet.indexing import Indexing, IndexSummary, split_into_batches
 from tercet.ingest import DocumentDict

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import TypeVar, cast
 
 from services.common.wire.base import ReplyModel
-from services.common.wire.search import Document, WriteReply
+from services.common.wire.documents import Document, WriteReply
 from tercet.errors import IndexingFailed, TercetApiError, TercetClientError, TercetUnreachable
 from tercet.ingest import DocumentDict
 

@@ -5,7 +5,7 @@ import uuid
 
 from services.common.deadline import Deadline
 from services.common.errors import Conflict, NotFound
-from services.common.wire.search import CollectionReply
+from services.common.wire.collections import CollectionReply
 from services.search.ports import Collection, EmbeddingClient, Ledger, Retriever
 
 OWN_VECTORS = "own-vectors"

@@ -7,7 +7,7 @@ import numpy as np
 
 from services.common.deadline import Deadline
 from services.common.errors import Conflict, InvalidInput, NotFound
-from services.common.wire.search import DeleteReply, Document, WriteReply
+from services.common.wire.documents import DeleteReply, Document, WriteReply
 from services.search.catalog import OWN_VECTORS, Catalog
 from services.search.documents import content_hash, embedded_hash, model_text
 from services.search.ports import Collection, EmbeddingClient, KnownDocument, Ledger, LedgerDocument, Retriever, Vector

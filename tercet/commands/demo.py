@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from services.common.wire.search import CollectionReply, SearchReply
+from services.common.wire.collections import CollectionReply
+from services.common.wire.search import SearchReply
 from tercet.client import IndexSummary, TercetClient
 from tercet.commands import DEFAULT_DATA_DIR, ApiKey, DataDir, Url, reachable_stack
 from tercet.console import ProgressLine, say, say_reply, say_table, warn

@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
-from services.common.wire.search import CollectionReply
+from services.common.wire.collections import CollectionReply
 from tercet.client import TercetClient
 from tercet.commands import DEFAULT_DATA_DIR, ApiKey, DataDir, Url, resolve_url
 from tercet.console import say, say_table

@@ -9,7 +9,7 @@ import httpx2
 import orjson
 import pytest
 
-from services.common.wire.search import Document
+from services.common.wire.documents import Document
 from tercet.client import (
     IndexingFailed,
     IndexSummary,

@@ -10,9 +10,9 @@ import pytest
 from services.common.deadline import NO_DEADLINE, Deadline
 from services.common.errors import Conflict, DependencyUnavailable, InvalidInput, NotFound, Overloaded
 from services.common.wire.base import MAX_TEXT_CHARS
+from services.common.wire.documents import Document, WriteReply
 from services.common.wire.embedding import EmbedRequest
 from services.common.wire.rerank import NativeRerankRequest
-from services.common.wire.search import Document, WriteReply
 from services.search.catalog import OWN_VECTORS, Catalog
 from services.search.documents import model_text
 from services.search.indexing import Indexing

@@ -1,0 +1,96 @@
+"""The embedding and rerank services, and the result cache, as the use cases need them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.common.deadline import Deadline
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingModel:
+    """The model behind the embedding service."""
+
+    name: str
+    fingerprint: str
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Vectors (float32, unit length, shape [n, dim]) in the order of the texts, and what made them."""
+
+    vectors: NDArray[np.float32]
+    model: EmbeddingModel
+
+
+class EmbeddingClient(Protocol):
+    """The embedding service, behind its breaker."""
+
+    async def embed_query(self, text: str, deadline: Deadline, *, model: str | None = None) -> Embedded:
+        """
+        Embed one question in the `query` lane, with *model* or the service's default.
+
+        Raises:
+            DependencyUnavailable, DeadlineExceeded: The service does not answer (in time).
+            NotFound: It has no such model.
+        """
+        ...
+
+    async def embed_documents(self, texts: Sequence[str], deadline: Deadline, *, model: str | None = None) -> Embedded:
+        """Embed documents in the `bulk` lane. Raises as embed_query does, and Overloaded."""
+        ...
+
+    async def model(self, deadline: Deadline, *, model: str | None = None) -> EmbeddingModel:
+        """Describe *model* or the service's default. Raises as embed_query does."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reranked:
+    """A score from 0 to 1 for each text, None where the deadline came first; *model* says who scored."""
+
+    scores: Sequence[float | None]
+    model: str
+    fingerprint: str
+
+
+class RerankClient(Protocol):
+    """The rerank service, behind its breaker."""
+
+    async def rerank(self, query: str, texts: Sequence[str], deadline: Deadline) -> Reranked:
+        """Score *texts*, the likeliest first. Raises DependencyUnavailable or DeadlineExceeded."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """A stored answer (the reply's JSON), the operation number it is true for, and when it was made (Unix time)."""
+
+    as_of: int
+    created_at: float
+    body: bytes
+
+
+class ResultCache(Protocol):
+    """Answers by key. Losing it, or any entry, is a miss and never an error."""
+
+    async def get(self, key: str) -> CacheEntry | None:
+        """Return the entry, if there is one; None also when the cache cannot be reached."""
+        ...
+
+    async def put(self, key: str, entry: CacheEntry) -> None:
+        """Keep *entry* for a while; does nothing when the cache cannot be reached."""
+        ...
+
+    @property
+    def available(self) -> bool:
+        """False while the cache is known to be out of reach."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close connections."""
+        ...
