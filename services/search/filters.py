@@ -10,16 +10,20 @@ Filters on metadata: a Mongo-style dict becomes a frozen expression tree.
 * `$eq` and `$in` match a list of strings when any element equals. `$contains` is membership in a list, and never
   matches a plain string. `$ne` and `$nin` are the opposites of `$eq` and `$in`.
 * Integers beyond 64 bits are compared as the nearest float.
+* A field that the collection declares as `date` takes ISO 8601 strings and numbers of seconds since 1970, and compares
+  moments. Where a collection declares its attributes, other fields cannot be filtered on.
 """
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
 from services.common.errors import InvalidInput
+from services.search.kinds import Kinds, canonical_date, fits, kind_of, microseconds, misfit
+from services.search.ports import AttributeKind, MetadataValue
 
 MAX_DEPTH = 8
 MAX_CONDITIONS = 256
@@ -102,25 +106,82 @@ class Or(_Node):
 Expression = Condition | Not | And | Or
 
 
-def parse_filter(source: Any) -> Expression | None:
+def parse_filter(source: Any, kinds: Kinds = None) -> Expression | None:
     """
     Return *source* as an expression; None, which is everything, for None and for an empty dict.
+
+    *kinds* are the collection's indexed attributes; None stands for all fields, of any kind.
 
     Raises:
         InvalidInput: Something in it is wrong; *param* is the path to it.
     """
     if source is None or source == {}:
         return None
-    expression = _Parser().filter(source, "filter", MAX_DEPTH)
+    expression = _Parser(kinds).filter(source, "filter", MAX_DEPTH)
     if _depth(expression) > MAX_DEPTH:
         raise _too_deep("filter")
     return expression
 
 
+def matches(expression: Expression | None, metadata: Mapping[str, MetadataValue], kinds: Kinds = None) -> bool:
+    """Whether one document's *metadata* is what *expression*, parsed with the same *kinds*, asks for."""
+    match expression:
+        case None:
+            return True
+        case And(operands):
+            return all(matches(operand, metadata, kinds) for operand in operands)
+        case Or(operands):
+            return any(matches(operand, metadata, kinds) for operand in operands)
+        case Not(operand):
+            return not matches(operand, metadata, kinds)
+    stored: Any = metadata.get(expression.field)
+    if stored is None:
+        return False
+    value: Any = expression.value
+    if kinds is not None and kinds.get(expression.field) == "date":
+        stored = microseconds(stored)
+        value = tuple(map(microseconds, value)) if isinstance(value, tuple) else microseconds(value)
+    match expression.operator:
+        case "$exists":
+            return True
+        case "$contains":
+            return isinstance(stored, list) and value in stored
+        case "$eq":
+            return _equals(stored, value)
+        case "$in":
+            return any(_equals(stored, item) for item in value)
+    return (
+        not isinstance(stored, list) and _class(stored) == _class(value) and _beyond(expression.operator, stored, value)
+    )
+
+
+def _equals(stored: Any, value: Any) -> bool:
+    if isinstance(stored, list):
+        return isinstance(value, str) and value in stored
+    return _class(stored) == _class(value) and bool(stored == value)
+
+
+def _class(value: Any) -> type:
+    """Return what values must share to be compared: str, bool, or float for every number."""
+    return float if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value)
+
+
+def _beyond(operator: str, stored: Any, bound: Any) -> bool:
+    match operator:
+        case "$gt":
+            return bool(stored > bound)
+        case "$gte":
+            return bool(stored >= bound)
+        case "$lt":
+            return bool(stored < bound)
+    return bool(stored <= bound)
+
+
 class _Parser:
     """One parse: recursion over the dict, counting conditions. *room* is how many levels may still follow."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Kinds) -> None:
+        self._kinds = kinds
         self._conditions = 0
 
     def filter(self, source: Any, path: str, room: int) -> Expression:
@@ -170,17 +231,18 @@ class _Parser:
         self._conditions += 1
         if self._conditions > MAX_CONDITIONS:
             raise InvalidInput(f"A filter has at most {MAX_CONDITIONS} conditions.", param=path)
+        kind = kind_of(field, self._kinds, path)
         match operator:
             case "$eq":
-                return Condition(field, "$eq", _scalar(value, path))
+                return Condition(field, "$eq", _of_kind(field, _scalar(value, path), kind, path))
             case "$ne":
-                return Not(Condition(field, "$eq", _scalar(value, path)))
+                return Not(Condition(field, "$eq", _of_kind(field, _scalar(value, path), kind, path)))
             case "$in":
-                return Condition(field, "$in", _scalars(value, path))
+                return Condition(field, "$in", _scalars(field, value, kind, path))
             case "$nin":
-                return Not(Condition(field, "$in", _scalars(value, path)))
+                return Not(Condition(field, "$in", _scalars(field, value, kind, path)))
             case "$gt" | "$gte" | "$lt" | "$lte":
-                bound = _scalar(value, path)
+                bound = _of_kind(field, _scalar(value, path), kind, path)
                 if isinstance(bound, bool):
                     raise InvalidInput(f"{operator} takes a number or a string.", param=path)
                 return Condition(field, operator, bound)
@@ -192,6 +254,8 @@ class _Parser:
             case "$contains":
                 if not isinstance(value, str):
                     raise InvalidInput("$contains takes a string: lists hold strings only.", param=path)
+                if kind not in ("any", "keyword"):
+                    raise InvalidInput(f"$contains is for lists, and {field!r} is indexed as {kind}.", param=path)
                 return Condition(field, "$contains", value)
         raise _unknown(operator, _FIELD_OPERATORS, path)
 
@@ -226,13 +290,26 @@ def _scalar(value: Any, path: str) -> Scalar:
     raise InvalidInput(f"A string, a number or a boolean is expected.{hint}", param=path)
 
 
-def _scalars(value: Any, path: str) -> tuple[Scalar, ...]:
+def _of_kind(field: str, value: Scalar, kind: AttributeKind, path: str) -> Scalar:
+    """Return *value* as conditions on a field of *kind* hold it: a date as one string for each moment."""
+    if kind == "date":
+        date = canonical_date(value)
+        if date is None:
+            raise misfit(field, kind, path)
+        return date
+    if not fits(value, kind):
+        raise misfit(field, kind, path)
+    return value
+
+
+def _scalars(field: str, value: Any, kind: AttributeKind, path: str) -> tuple[Scalar, ...]:
     if not isinstance(value, list):
         raise InvalidInput("A list of values is expected.", param=path)
     if len(value) > MAX_IN_VALUES:
         raise InvalidInput(f"At most {MAX_IN_VALUES:,} values can be listed.", param=path)
     # By type as well: True == 1 in Python, and they are different values here.
-    distinct = {(type(item).__name__, item): item for item in (_scalar(item, f"{path}[]") for item in value)}
+    checked = (_of_kind(field, _scalar(item, f"{path}[]"), kind, f"{path}[]") for item in value)
+    distinct = {(type(item).__name__, item): item for item in checked}
     return tuple(distinct[key] for key in sorted(distinct))
 
 

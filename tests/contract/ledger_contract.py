@@ -3,13 +3,7 @@
 import asyncio
 import random
 import tempfile
-import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -17,139 +11,42 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import Conflict, InvalidInput, NotFound, NotReady
-from services.search.ports import Collection, CollectionState, Ledger, LedgerDocument, Operation
-
-DIM = 4
-
-
-def make_collection(name: str = "books", **changes) -> Collection:
-    """Return a new collection with a uuid of its own."""
-    made = Collection(str(uuid.uuid4()), name, "some/model", "fp-1", DIM, 2, time.time())
-    return replace(made, **changes)
-
-
-def make_document(id_: str, text: str = "text", **changes) -> LedgerDocument:
-    """Return a document whose vector and hashes follow from its text."""
-    random_numbers = np.random.default_rng(crc32(text.encode()))
-    made = LedgerDocument(
-        id=id_,
-        text=text,
-        title=None,
-        metadata={"lang": "en", "pages": 12, "score": 0.5, "free": True, "tags": ["a", "b"]},
-        vector=random_numbers.random(DIM, dtype=np.float32),
-        content_hash=f"content of {text}".encode(),
-        embedded_hash=f"embedded {text}".encode(),
-    )
-    return replace(made, **changes)
-
-
-def same(left: LedgerDocument, right: LedgerDocument) -> bool:
-    """Whether two documents are equal in every field, vectors bit by bit."""
-    plain = replace(left, vector=right.vector) == right
-    return plain and left.vector.dtype == np.float32 and np.array_equal(left.vector, right.vector)
-
-
-async def log(ledger: Ledger, collection: Collection, *, page: int = 1000) -> list[Operation]:
-    """Return the whole operation log, read page by page."""
-    operations: list[Operation] = []
-    seq = 0
-    while found := await ledger.operations_after(collection.uuid, seq, limit=page):
-        assert len(found) <= page
-        operations.extend(found)
-        seq = found[-1].seq
-    return operations
-
-
-@dataclass
-class Model:
-    """What a ledger of one collection should hold, as dictionaries."""
-
-    seq: int = 0
-    last: dict[str, tuple[int, LedgerDocument | None]] = field(default_factory=dict)
-
-    def append(self, documents: list[LedgerDocument]) -> int:
-        for document in documents:
-            self.seq += 1
-            self.last[document.id] = (self.seq, document)
-        return self.seq
-
-    def delete(self, ids: list[str]) -> tuple[int, int]:
-        doomed = [id_ for id_ in dict.fromkeys(ids) if self.last.get(id_, (0, None))[1] is not None]
-        for id_ in doomed:
-            self.seq += 1
-            self.last[id_] = (self.seq, None)
-        return len(doomed), self.seq
-
-    @property
-    def live(self) -> dict[str, LedgerDocument]:
-        return {id_: document for id_, (_, document) in self.last.items() if document is not None}
-
-    async def check(self, ledger: Ledger, collection: Collection) -> None:
-        assert await ledger.state(collection.uuid) == CollectionState(self.seq, len(self.live))
-        operations = await log(ledger, collection, page=3)
-        assert [(op.seq, op.id) for op in operations] == sorted((seq, id_) for id_, (seq, _) in self.last.items())
-        for op in operations:
-            expected = self.last[op.id][1]
-            assert (op.document is None) == (expected is None)
-            assert op.document is None or same(op.document, expected)
-        documents = await ledger.documents(collection.uuid, list(self.last))
-        assert documents.keys() == self.live.keys()
-        assert all(same(documents[id_], document) for id_, document in self.live.items())
-
+from services.search.ports import Collection, CollectionState, Ledger, Receipt, Written
+from tests.contract.ledger_condition_contract import ConditionContract
+from tests.contract.ledger_model import DIM, Model, log, make_collection, make_document, same
 
 _ids = st.sampled_from([f"d{n}" for n in range(8)])
-_step = st.one_of(
-    st.tuples(st.just("append"), st.lists(st.tuples(_ids, st.text(max_size=5)), max_size=5)),
-    st.tuples(st.just("delete"), st.lists(_ids, max_size=4)),
-    st.tuples(st.just("reopen"), st.none()),
-    st.tuples(st.just("recreate"), st.none()),
+_expected = st.dictionaries(_ids, st.integers(0, 12), max_size=2)
+_steps = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("append"),
+            st.lists(st.tuples(_ids, st.text(max_size=5)), max_size=5, unique_by=lambda pair: pair[0]),
+            _expected,
+        ),
+        st.tuples(st.just("delete"), st.lists(_ids, max_size=4), _expected),
+        st.tuples(st.just("trim"), st.integers(0, 30), st.none()),
+        st.tuples(st.just("alias"), st.sampled_from(["x", "y"]), st.sampled_from(["books", None])),
+        st.tuples(st.just("reopen"), st.none(), st.none()),
+        st.tuples(st.just("recreate"), st.none(), st.none()),
+    ),
+    max_size=12,
 )
 
 
-class LedgerContract:
+class LedgerContract(ConditionContract):
     """Inherit and override `open`; *place* is a directory that stands for one database."""
-
-    async def open(self, place: Path) -> Ledger:
-        """Open the ledger of *place*, creating it the first time."""
-        raise NotImplementedError
-
-    @asynccontextmanager
-    async def opened(self, place: Path) -> AsyncIterator[Ledger]:
-        """Open the ledger of *place* and close it at the end."""
-        ledger = await self.open(place)
-        try:
-            yield ledger
-        finally:
-            await ledger.aclose()
-
-    @pytest.fixture
-    async def stack(self) -> AsyncIterator[AsyncExitStack]:
-        async with AsyncExitStack() as stack:
-            yield stack
-
-    @pytest.fixture
-    async def ledger(self, tmp_path: Path, stack: AsyncExitStack) -> Ledger:
-        return await stack.enter_async_context(self.opened(tmp_path))
-
-    @pytest.fixture
-    def reopen(self, tmp_path: Path, ledger: Ledger, stack: AsyncExitStack) -> Callable[[], Awaitable[Ledger]]:
-        async def again() -> Ledger:
-            await stack.aclose()
-            return await stack.enter_async_context(self.opened(tmp_path))
-
-        return again
-
-    @pytest.fixture
-    async def books(self, ledger: Ledger) -> Collection:
-        collection = make_collection()
-        await ledger.create_collection(collection)
-        return collection
 
     # --- collections
 
     async def test_collections_are_listed_by_name_and_found(self, ledger: Ledger) -> None:
         """A created collection comes back with every field as it was given."""
-        made = [make_collection("b"), make_collection("a", model=None), make_collection("ü", shards=8)]
+        kinds = {"year": "number", "day": "date", "tag": "keyword", "free": "bool", "other": "any"}
+        made = [
+            make_collection("b", metric="dot", attributes=kinds, language="german"),
+            make_collection("a", model=None, attributes={}),
+            make_collection("ü", shards=8, metric="l2"),
+        ]
         for collection in made:
             await ledger.create_collection(collection)
         assert await ledger.list_collections() == sorted(made, key=lambda collection: collection.name)
@@ -196,13 +93,63 @@ class LedgerContract:
         assert await ledger.delete_collection("nobody") is False
         assert await ledger.operations_after("nobody", 0, limit=10) == []
 
+    # --- aliases
+
+    async def test_an_alias_means_its_collection(self, ledger: Ledger, books: Collection, reopen) -> None:
+        """A collection is found by its aliases, also after reopening, and listed under its own name only."""
+        await ledger.set_aliases({"shelf": "books", "best": "books"})
+        for current in (ledger, None):
+            current = current or await reopen()
+            assert await current.find_collection("shelf") == await current.find_collection("books") == books
+            assert await current.list_collections() == [books]
+            assert await current.list_aliases() == {"best": "books", "shelf": "books"}
+
+    async def test_aliases_change_together_or_not_at_all(self, ledger: Ledger, books: Collection) -> None:
+        """One bad change leaves all aliases as they were; good ones move, begin and end in one step."""
+        films = make_collection("films")
+        await ledger.create_collection(films)
+        await ledger.set_aliases({"a": "books", "b": "books"})
+        for bad, error in (({"c": "nothing"}, NotFound), ({"c": "a"}, NotFound), ({"films": "books"}, Conflict)):
+            with pytest.raises(error):
+                await ledger.set_aliases({"a": "films", "b": None, **bad})
+            assert await ledger.list_aliases() == {"a": "books", "b": "books"}
+        await ledger.set_aliases({"a": "films", "b": None, "c": "books", "never": None})
+        assert await ledger.list_aliases() == {"a": "films", "c": "books"}
+        assert await ledger.find_collection("a") == films
+        assert await ledger.find_collection("b") is None
+
+    async def test_a_switch_is_never_seen_half_done(self, ledger: Ledger, books: Collection) -> None:
+        """Who reads while two aliases are exchanged finds them before or after."""
+        await ledger.create_collection(make_collection("films"))
+        before, after = {"a": "books", "b": "films"}, {"a": "films", "b": "books"}
+        await ledger.set_aliases(before)
+
+        async def exchange() -> None:
+            for turn in range(20):
+                await ledger.set_aliases((after, before)[turn % 2])
+
+        exchanging = asyncio.create_task(exchange())
+        while not exchanging.done():
+            assert await ledger.list_aliases() in (before, after)
+        await exchanging
+
+    async def test_names_and_aliases_share_one_space(self, ledger: Ledger, books: Collection) -> None:
+        """A collection cannot take an alias's name; the alias ends with its collection, and its name is free again."""
+        await ledger.set_aliases({"shelf": "books"})
+        with pytest.raises(Conflict, match="shelf"):
+            await ledger.create_collection(make_collection("shelf"))
+        await ledger.delete_collection(books.uuid)
+        assert await ledger.list_aliases() == {}
+        assert await ledger.find_collection("shelf") is None
+        await ledger.create_collection(make_collection("shelf"))
+
     # --- documents
 
     async def test_documents_come_back_as_they_were(self, ledger: Ledger, books: Collection) -> None:
         """Text, title, metadata, vector and hashes survive unchanged, however odd."""
         odd = make_document("id with\0nul \U0001f600", "a\0b\r\n", title="", metadata={})
         plain = make_document("plain", title="A title")
-        assert await ledger.append(books.uuid, [odd, plain]) == 2
+        assert (await ledger.append(books.uuid, [odd, plain])).seq == 2
         found = await ledger.documents(books.uuid, [odd.id, plain.id, "missing", plain.id])
         assert found.keys() == {odd.id, plain.id}
         assert same(found[odd.id], odd)
@@ -217,14 +164,15 @@ class LedgerContract:
         assert len(known) == 999
         assert known["d999"].content_hash == b"content of text 999"
         assert known["d999"].embedded_hash == b"embedded text 999"
+        assert known["d999"].seq == 1000
         assert np.array_equal(known["d999"].vector, documents[999].vector)
         assert len(await ledger.documents(books.uuid, [document.id for document in documents])) == 999
 
     async def test_no_ids_find_nothing(self, ledger: Ledger, books: Collection) -> None:
         """Empty requests are allowed, change nothing and return the position as it is."""
         await ledger.append(books.uuid, [make_document("d1")])
-        assert await ledger.append(books.uuid, []) == 1
-        assert await ledger.delete(books.uuid, []) == (0, 1)
+        assert (await ledger.append(books.uuid, [])).seq == 1
+        assert await ledger.delete(books.uuid, []) == Written(1, 0)
         assert await ledger.known(books.uuid, []) == await ledger.documents(books.uuid, []) == {}
 
     async def test_a_vector_of_the_wrong_shape_is_refused(self, ledger: Ledger, books: Collection) -> None:
@@ -238,12 +186,12 @@ class LedgerContract:
     # --- operations
 
     async def test_each_operation_takes_the_next_number(self, ledger: Ledger, books: Collection) -> None:
-        """Numbers grow by one per operation, also for an id that a batch repeats; the last of them holds."""
-        assert await ledger.append(books.uuid, [make_document("a"), make_document("b")]) == 2
-        assert await ledger.append(books.uuid, [make_document("a", "one"), make_document("a", "two")]) == 4
-        assert await ledger.delete(books.uuid, ["b", "b", "missing"]) == (1, 5)
-        assert await ledger.delete(books.uuid, ["b"]) == (0, 5)
-        assert await ledger.state(books.uuid) == CollectionState(5, 1)
+        """Numbers grow by one per operation, and `changed` counts what was done."""
+        assert await ledger.append(books.uuid, [make_document("a"), make_document("b")]) == Written(2, 2)
+        assert await ledger.append(books.uuid, [make_document("a", "two")]) == Written(3, 1)
+        assert await ledger.delete(books.uuid, ["b", "b", "missing"]) == Written(4, 1)
+        assert await ledger.delete(books.uuid, ["b"]) == Written(4, 0)
+        assert await ledger.state(books.uuid) == CollectionState(4, 1)
         assert (await ledger.documents(books.uuid, ["a", "b"]))["a"].text == "two"
 
     async def test_the_log_is_compacted_and_keeps_deletions(self, ledger: Ledger, books: Collection) -> None:
@@ -264,7 +212,7 @@ class LedgerContract:
         """Writing a deleted id again makes it live under a new number."""
         await ledger.append(books.uuid, [make_document("a")])
         await ledger.delete(books.uuid, ["a"])
-        assert await ledger.append(books.uuid, [make_document("a", "back")]) == 3
+        assert (await ledger.append(books.uuid, [make_document("a", "back")])).seq == 3
         assert await ledger.state(books.uuid) == CollectionState(3, 1)
         assert [op.seq for op in await log(ledger, books)] == [3]
 
@@ -272,8 +220,8 @@ class LedgerContract:
         """Each collection has its own numbers and its own documents under the same ids."""
         films = make_collection("films")
         await ledger.create_collection(films)
-        assert await ledger.append(books.uuid, [make_document("a", "book")]) == 1
-        assert await ledger.append(films.uuid, [make_document("a", "film")]) == 1
+        assert (await ledger.append(books.uuid, [make_document("a", "book")])).seq == 1
+        assert (await ledger.append(films.uuid, [make_document("a", "film")])).seq == 1
         assert (await ledger.documents(films.uuid, ["a"]))["a"].text == "film"
         await ledger.delete_collection(films.uuid)
         assert (await ledger.documents(books.uuid, ["a"]))["a"].text == "book"
@@ -284,7 +232,8 @@ class LedgerContract:
         """Appends from many tasks get distinct numbers that together leave no gap."""
 
         async def writer(number: int) -> list[int]:
-            return [await ledger.append(books.uuid, [make_document(f"{number}-{turn}")]) for turn in range(20)]
+            batches = [[make_document(f"{number}-{turn}")] for turn in range(20)]
+            return [(await ledger.append(books.uuid, batch)).seq for batch in batches]
 
         numbers = await asyncio.gather(*(writer(number) for number in range(16)))
         assert sorted(seq for mine in numbers for seq in mine) == list(range(1, 321))
@@ -310,24 +259,22 @@ class LedgerContract:
             await asyncio.sleep(chance.choice([0, 0, 0.0005, 0.001, 0.003]))
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        last = await ledger.append(books.uuid, [make_document("end")])
+        last = (await ledger.append(books.uuid, [make_document("end")])).seq
         for turn in range(40):
             ids = [f"{turn}-{n}" for n in range(20)]
             assert len(await ledger.documents(books.uuid, ids)) in (0, 20)
         assert [op.seq for op in await log(ledger, books)] == list(range(1, last + 1))
 
     async def test_reopening_finds_everything(self, ledger: Ledger, books: Collection, reopen) -> None:
-        """Epoch, collections, documents, tombstones and numbers are the same after reopening."""
+        """Collections, documents, tombstones and numbers are the same after reopening."""
         await ledger.append(books.uuid, [make_document("a", "kept"), make_document("b")])
         await ledger.delete(books.uuid, ["b"])
-        epoch = ledger.epoch
         again = await reopen()
-        assert again.epoch == epoch != ""
         assert await again.list_collections() == [books]
         assert await again.state(books.uuid) == CollectionState(3, 1)
         assert same((await again.documents(books.uuid, ["a"]))["a"], make_document("a", "kept"))
         assert [op.document is None for op in await log(again, books)] == [False, True]
-        assert await again.append(books.uuid, [make_document("c")]) == 4
+        assert (await again.append(books.uuid, [make_document("c")])).seq == 4
 
     async def test_two_ledgers_have_two_epochs(self, ledger: Ledger, tmp_path: Path) -> None:
         """A new ledger's epoch is unlike any other's."""
@@ -339,37 +286,47 @@ class LedgerContract:
         appends = [asyncio.create_task(ledger.append(books.uuid, [make_document(f"d{n}")])) for n in range(5)]
         await asyncio.sleep(0)
         await ledger.aclose()
-        assert await asyncio.gather(*appends) == [1, 2, 3, 4, 5]
+        assert sorted(written.seq for written in await asyncio.gather(*appends)) == [1, 2, 3, 4, 5]
         with pytest.raises(NotReady):
             await ledger.state(books.uuid)
         await ledger.aclose()
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(steps=st.lists(_step, max_size=12))
+    @given(steps=_steps)
     def test_any_history_matches_a_dictionary(self, steps) -> None:
-        """After any sequence of writes, reopenings and re-creations the ledger holds what a dictionary would."""
-
-        async def live_through(place: Path) -> None:
-            ledger = await self.open(place)
-            collection, model = make_collection(), Model()
-            await ledger.create_collection(collection)
-            try:
-                for action, given_ in steps:
-                    if action == "append":
-                        batch = [make_document(id_, text) for id_, text in given_]
-                        assert await ledger.append(collection.uuid, batch) == model.append(batch)
-                    elif action == "delete":
-                        assert await ledger.delete(collection.uuid, given_) == model.delete(given_)
-                    elif action == "recreate":
-                        await ledger.delete_collection(collection.uuid)
-                        collection, model = make_collection(), Model()
-                        await ledger.create_collection(collection)
-                    else:
-                        await ledger.aclose()
-                        ledger = await self.open(place)
-                    await model.check(ledger, collection)
-            finally:
-                await ledger.aclose()
-
+        """After any sequence of writes, trims, aliases, reopenings and re-creations it holds what a dictionary would."""
         with tempfile.TemporaryDirectory() as place:
-            asyncio.run(live_through(Path(place)))
+            asyncio.run(self.live_through(Path(place), steps))
+
+    async def live_through(self, place: Path, steps) -> None:
+        """Do *steps* to a new ledger and to a model of it, and compare after each."""
+        ledger = await self.open(place)
+        collection, model, aliases = make_collection(), Model(), {}
+        await ledger.create_collection(collection)
+        try:
+            for turn, (action, what, how) in enumerate(steps):
+                receipt = Receipt(f"key {turn}", b"digest", b"body")
+                options = {"expected": how, "receipt": receipt}
+                if action == "append":
+                    batch = [make_document(id_, text) for id_, text in what]
+                    assert await ledger.append(collection.uuid, batch, **options) == model.append(batch, **options)
+                elif action == "delete":
+                    assert await ledger.delete(collection.uuid, what, **options) == model.delete(what, **options)
+                elif action == "trim":
+                    assert await ledger.trim(collection.uuid, what) == model.trim(what)
+                elif action == "alias":
+                    await ledger.set_aliases({what: how})
+                    aliases = {**aliases, what: how}
+                elif action == "recreate":
+                    await ledger.delete_collection(collection.uuid)
+                    collection, model, aliases = make_collection(), Model(), {}
+                    await ledger.create_collection(collection)
+                else:
+                    epoch = ledger.epoch
+                    await ledger.aclose()
+                    ledger = await self.open(place)
+                    assert await ledger.shares_history(collection.uuid, epoch, model.seq)
+                await model.check(ledger, collection)
+                assert await ledger.list_aliases() == {alias: name for alias, name in sorted(aliases.items()) if name}
+        finally:
+            await ledger.aclose()

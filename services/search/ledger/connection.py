@@ -1,50 +1,17 @@
-"""One SQLite file for the ledger: who holds it, its schema, and what its errors mean."""
+"""One SQLite file for the ledger: who holds it, how it is opened, and what its errors mean."""
 
 import fcntl
 import os
-import uuid
 from pathlib import Path
 
 import apsw
 
-from services.common.errors import Conflict, Internal, NotReady, TercetError, TooLarge, Unavailable
+from services.common.errors import Conflict, Internal, TercetError, TooLarge, Unavailable
 
 BUSY_TIMEOUT_MS = 5_000
+PAGE_BYTES = 8192
+CACHE_BYTES = 32 * 2**20
 WAL_LIMIT_BYTES = 64 * 2**20
-
-# One script per schema version, never edited once released. `name` is NULL while a deleted collection is being cleared;
-# a deleted document stays as a row of which only the keys and `seq` are left, so that followers see the deletion.
-MIGRATIONS = (
-    """
-    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
-    CREATE TABLE collections (
-        uuid TEXT NOT NULL PRIMARY KEY,
-        name TEXT UNIQUE,
-        model TEXT,
-        fingerprint TEXT NOT NULL,
-        dim INTEGER NOT NULL,
-        shards INTEGER NOT NULL,
-        created_at REAL NOT NULL,
-        seq INTEGER NOT NULL DEFAULT 0,
-        documents INTEGER NOT NULL DEFAULT 0
-    ) STRICT, WITHOUT ROWID;
-    CREATE TABLE documents (
-        collection TEXT NOT NULL REFERENCES collections (uuid),
-        id TEXT NOT NULL,
-        seq INTEGER NOT NULL,
-        deleted INTEGER NOT NULL,
-        content_hash BLOB,
-        embedded_hash BLOB,
-        vector BLOB,
-        title TEXT,
-        metadata BLOB,
-        text TEXT,
-        PRIMARY KEY (collection, id),
-        CHECK (deleted = (vector IS NULL) AND deleted = (text IS NULL))
-    ) STRICT;
-    CREATE UNIQUE INDEX documents_by_seq ON documents (collection, seq);
-    """,
-)
 
 
 class FileLock:
@@ -79,45 +46,32 @@ class FileLock:
         os.close(self._fd)
 
 
-def connect(path: Path, *, readonly: bool = False) -> apsw.Connection:
-    """Open a connection to *path* for one thread at a time, in WAL mode; every commit is synced to disk."""
+def connect(path: Path, *, readonly: bool = False, vfs: str | None = None) -> apsw.Connection:
+    """
+    Open a connection to *path* for one thread at a time, in WAL mode; every commit is synced to disk.
+
+    *vfs* names the SQLite VFS to go through, if not SQLite's own.
+    """
     access = apsw.SQLITE_OPEN_READONLY if readonly else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
-    connection = apsw.Connection(str(path), flags=access)
-    connection.set_busy_timeout(BUSY_TIMEOUT_MS)
-    if not readonly:
-        if connection.pragma("journal_mode", "wal") != "wal":
-            raise Unavailable(f"SQLite cannot keep a write-ahead log beside {path}: choose a directory on a local disk")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
+    connection = apsw.Connection(str(path), flags=access, vfs=vfs)
+    try:
+        connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+        if not readonly:
+            _prepare_to_write(connection, path)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
-def migrate(connection: apsw.Connection, path: Path) -> str:
-    """
-    Bring the schema up to date, each version in a transaction of its own, and return the ledger's epoch.
-
-    Raises:
-        NotReady: A newer Tercet wrote this file.
-    """
-    version = int(connection.pragma("user_version"))
-    if version > len(MIGRATIONS):
-        raise NotReady(
-            f"The ledger {path} has schema version {version}, and this Tercet knows versions up to {len(MIGRATIONS)}: "
-            "start the newer Tercet that wrote it, or restore an older backup"
-        )
-    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            connection.execute(script)
-            connection.execute(f"PRAGMA user_version = {number}")
-            connection.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (str(uuid.uuid4()),))
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-    return str(connection.execute("SELECT value FROM meta WHERE key = 'epoch'").get)
+def _prepare_to_write(connection: apsw.Connection, path: Path) -> None:
+    connection.pragma("page_size", PAGE_BYTES)  # Of a new file: the pages of one that exists stay as they are.
+    if connection.pragma("journal_mode", "wal") != "wal":
+        raise Unavailable(f"SQLite cannot keep a write-ahead log beside {path}: choose a directory on a local disk")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute(f"PRAGMA cache_size = -{CACHE_BYTES // 1024}")
+    connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
 
 
 def sync_directory(path: Path) -> None:
@@ -146,8 +100,7 @@ def explain(error: BaseException, path: Path) -> TercetError:
             return Internal(f"The ledger {path} is damaged or is not a ledger: restore it from a backup ({error})")
         case apsw.IOError() | apsw.NoMemError() | OSError() | MemoryError():
             return Unavailable(
-                f"The ledger {path} could not be read or written: nothing was changed; "
-                f"check the disk, its quota and the memory ({error})"
+                f"The ledger {path} could not be read or written: check the disk, its quota and the memory ({error})"
             )
         case apsw.TooBigError():
             return TooLarge("A document is larger than the ledger can hold: split it")

@@ -1,7 +1,7 @@
 """The embedded ledger: one SQLite file, one thread that writes, a few that read."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,19 @@ import structlog
 
 from services.common.errors import NotReady
 from services.common.tracing import span
-from services.search.ledger import rows
-from services.search.ledger.connection import FileLock, connect, explain, migrate, sync_directory
+from services.search.ledger import catalogue, epochs, rows
+from services.search.ledger.connection import FileLock, connect, explain, sync_directory
+from services.search.ledger.schema import migrate
 from services.search.ledger.writer import Writer
-from services.search.ports import Collection, CollectionState, KnownDocument, LedgerDocument, Operation
+from services.search.ports import (
+    Collection,
+    CollectionState,
+    KnownDocument,
+    LedgerDocument,
+    Operation,
+    Receipt,
+    Written,
+)
 
 T = TypeVar("T")
 
@@ -33,29 +42,38 @@ class _File:
     epoch: str
     writer: apsw.Connection
     readers: tuple[apsw.Connection, ...]
+    seqs: dict[str, int]
 
     def close(self) -> None:
         """Close the connections, the writer last (it then folds the WAL into the file), and give up the lock."""
-        for connection in (*self.readers, self.writer):
-            connection.close()
+        _close_all((*self.readers, self.writer))
         self.lock.release()
 
 
-def _open_file(path: Path) -> _File:
+def _open_file(path: Path, vfs: str | None) -> _File:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     opened: list[apsw.Connection] = []
     try:
-        opened.append(connect(path))
-        epoch = migrate(opened[0], path)
+        opened.append(connect(path, vfs=vfs))
+        migrate(opened[0], path)
+        epoch = epochs.begin(opened[0])
         sync_directory(path)
-        opened.extend(connect(path, readonly=True) for _ in range(READERS))
+        opened.extend(connect(path, readonly=True, vfs=vfs) for _ in range(READERS))
+        seqs = catalogue.positions(opened[0])
     except BaseException:
-        for connection in opened:
-            connection.close()
+        _close_all(opened)
         lock.release()
         raise
-    return _File(lock, epoch, opened[0], tuple(opened[1:]))
+    return _File(lock, epoch, opened[0], tuple(opened[1:]), seqs)
+
+
+def _close_all(connections: Iterable[apsw.Connection]) -> None:
+    for connection in connections:
+        try:
+            connection.close()
+        except apsw.Error:  # Folding the log into the file failed: what was committed is safe in the log.
+            _log.warning("ledger_not_folded", exc_info=True)
 
 
 class SqliteLedger:
@@ -64,7 +82,8 @@ class SqliteLedger:
 
     Every acknowledged write is synced to disk. Writes that wait together share a sync. Cancelling a write drops it or
     leaves it whole. Methods raise Unavailable where the disk is full, unwritable or failing, and Internal where the
-    file is damaged; nothing is ever half written.
+    file is damaged; nothing is ever half written. A write that failed while it was being synced is not seen by this
+    process, and may be found whole when the file is opened again, as after a crash.
     """
 
     def __init__(self, path: Path, file: _File, executor: ThreadPoolExecutor) -> None:
@@ -77,15 +96,19 @@ class SqliteLedger:
         self._free: SimpleQueue[apsw.Connection] = SimpleQueue()
         for connection in file.readers:
             self._free.put(connection)
+        self._seqs = file.seqs
+        self._ending = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
         self._clearing: asyncio.Task[None] | None = None
         self._to_clear = False
         self._clear_dropped()
 
     @classmethod
-    async def open(cls, path: Path) -> "SqliteLedger":
+    async def open(cls, path: Path, *, vfs: str | None = None) -> "SqliteLedger":
         """
-        Open the ledger at *path*, creating it and its directory where there is none.
+        Open the ledger at *path*, creating it and its directory where there is none; this begins another epoch.
+
+        *vfs* names a registered SQLite VFS through which the file is read and written, if not SQLite's own.
 
         Raises:
             Conflict: Another process holds it.
@@ -94,7 +117,7 @@ class SqliteLedger:
             Internal: The file is damaged or is no ledger.
         """
         executor = ThreadPoolExecutor(1, thread_name_prefix="ledger-write")
-        opening = executor.submit(_open_file, path)
+        opening = executor.submit(_open_file, path, vfs)
         try:
             file = await asyncio.wrap_future(opening)
         except BaseException as error:
@@ -107,42 +130,92 @@ class SqliteLedger:
 
     @property
     def epoch(self) -> str:
-        """Identity of this ledger's history, made with the file."""
+        """A token of the stretch of history that began when this file was opened."""
         return self._file.epoch
 
+    @property
+    def exclusive(self) -> bool:
+        """True: the file is claimed by this process alone."""
+        return True
+
+    async def shares_history(self, uuid: str, epoch: str, seq: int) -> bool:
+        """Whether operations up to *seq*, read in *epoch*, are in this file; False beyond the last 1,000 openings."""
+        return await self._read(
+            "shares_history", lambda connection: epochs.shares_history(connection, uuid, epoch, seq)
+        )
+
     async def create_collection(self, collection: Collection) -> None:
-        """Add *collection*. Raises Conflict when the name is taken."""
-        await self._write("create", lambda connection: rows.create(connection, collection))
+        """Add *collection*. Raises Conflict when the name is taken, by a collection or by an alias."""
+        await self._write("create", lambda connection: catalogue.create(connection, collection))
 
     async def list_collections(self) -> list[Collection]:
         """Return all collections, by name."""
-        return await self._read("collections", rows.collections)
+        return await self._read("collections", catalogue.collections)
 
     async def find_collection(self, name: str) -> Collection | None:
-        """Return the collection of that name, if there is one."""
-        found = await self._read("collections", lambda connection: rows.collections(connection, name))
-        return found[0] if found else None
+        """Return the collection of that name, or the one that the alias of that name means, if there is one."""
+        return await self._read("collections", lambda connection: catalogue.find(connection, name))
 
     async def delete_collection(self, uuid: str) -> bool:
-        """Remove a collection with all its documents at once; their space is freed in the background."""
-        dropped = await self._write("drop", lambda connection: rows.drop(connection, uuid))
+        """Remove a collection with its aliases and documents at once; their space is freed in the background."""
+        dropped = await self._write(
+            "drop", lambda connection: catalogue.drop(connection, uuid), lambda _: self._seqs.pop(uuid, None)
+        )
         if dropped:
             self._clear_dropped()
         return dropped
 
-    async def append(self, uuid: str, upserts: Sequence[LedgerDocument]) -> int:
+    async def list_aliases(self) -> dict[str, str]:
+        """Return all aliases, by name, each with the name of its collection."""
+        return await self._read("aliases", catalogue.aliases)
+
+    async def set_aliases(self, changes: Mapping[str, str | None]) -> None:
+        """Let each alias mean the collection named, or nothing for None, at once. Raises NotFound or Conflict."""
+        await self._write("set_aliases", lambda connection: catalogue.set_aliases(connection, changes))
+
+    async def append(
+        self,
+        uuid: str,
+        upserts: Sequence[LedgerDocument],
+        *,
+        expected: Mapping[str, int] | None = None,
+        receipt: Receipt | None = None,
+    ) -> Written:
         """
-        Store *upserts* in one transaction, an operation each, in order; return the last operation number.
+        Store *upserts* (distinct ids) in one transaction, an operation each, in order.
+
+        A document in *expected* is stored only while it stands at that operation; otherwise it is reported.
 
         Raises:
             NotFound: The collection was deleted meanwhile.
-            InvalidInput: A vector has not the collection's dimensions, or metadata cannot be written as JSON.
+            InvalidInput: A vector has not the collection's dimensions, metadata cannot be written as JSON, or an id
+                comes twice.
+            Conflict: There is a receipt under that key already; nothing was done.
         """
-        return await self._write("append", lambda connection: rows.append(connection, uuid, upserts))
+        return await self._write(
+            "append",
+            lambda connection: rows.append(connection, uuid, upserts, expected or {}, receipt),
+            lambda written: self._hear(uuid, written),
+        )
 
-    async def delete(self, uuid: str, ids: Sequence[str]) -> tuple[int, int]:
-        """Delete those of *ids* that exist; return (how many, the last operation number). Raises NotFound."""
-        return await self._write("delete", lambda connection: rows.delete(connection, uuid, ids))
+    async def delete(
+        self,
+        uuid: str,
+        ids: Sequence[str],
+        *,
+        expected: Mapping[str, int] | None = None,
+        receipt: Receipt | None = None,
+    ) -> Written:
+        """Delete those of *ids* that exist; `changed` says how many. Otherwise as `append`."""
+        return await self._write(
+            "delete",
+            lambda connection: rows.delete(connection, uuid, ids, expected or {}, receipt),
+            lambda written: self._hear(uuid, written),
+        )
+
+    async def find_receipt(self, uuid: str, key: str) -> Receipt | None:
+        """Return what was kept under an idempotency key, for at least a day after its write."""
+        return await self._read("find_receipt", lambda connection: rows.find_receipt(connection, uuid, key))
 
     async def known(self, uuid: str, ids: Sequence[str]) -> dict[str, KnownDocument]:
         """Return what is held for those of *ids* that are live."""
@@ -159,12 +232,33 @@ class SqliteLedger:
         )
 
     async def state(self, uuid: str) -> CollectionState:
-        """Return the last operation number and the live count. Raises NotFound."""
-        return await self._read("state", lambda connection: rows.state(connection, uuid))
+        """Return where the collection stands. Raises NotFound."""
+        return await self._read("state", lambda connection: catalogue.state(connection, uuid))
+
+    def heard_seq(self, uuid: str) -> int:
+        """Return the last operation number of a collection, exactly; 0 where there is none."""
+        return self._seqs.get(uuid, 0)
+
+    async def wait_for_news(self, timeout_s: float) -> None:
+        """Return when *timeout_s* is over or the ledger closes: no other process can write here."""
+        self._check_open()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._ending.wait()
+        except TimeoutError:
+            return
+
+    async def trim(self, uuid: str, seq: int) -> int:
+        """Forget deletions numbered up to *seq*, some at a time, and old receipts; return how many deletions."""
+        forgotten = 0
+        while some := await self._write("trim", lambda connection: rows.trim(connection, uuid, seq)):
+            forgotten += some
+        return forgotten
 
     async def aclose(self) -> None:
         """Close the file; calls under way finish first, later ones raise NotReady. Closing twice does no harm."""
         if self._closing is None:
+            self._ending.set()
             self._closing = asyncio.create_task(self._close())
         await asyncio.shield(self._closing)
 
@@ -178,10 +272,15 @@ class SqliteLedger:
         self._read_threads.shutdown(wait=True)
         self._file.close()
 
-    async def _write(self, operation: str, work: Callable[[apsw.Connection], T]) -> T:
+    def _hear(self, uuid: str, written: Written) -> None:
+        self._seqs[uuid] = written.seq
+
+    async def _write(
+        self, operation: str, work: Callable[[apsw.Connection], T], then: Callable[[T], object] = lambda _: None
+    ) -> T:
         self._check_open()
         with span(f"ledger.{operation}"):
-            return await self._writer.write(work)
+            return await self._writer.write(work, then)
 
     async def _read(self, operation: str, work: Callable[[apsw.Connection], T]) -> T:
         self._check_open()
@@ -215,7 +314,7 @@ class SqliteLedger:
         try:
             while self._to_clear:
                 self._to_clear = False
-                while await self._write("clear", rows.clear):
+                while await self._write("clear", catalogue.clear):
                     pass
         except Exception:
             _log.warning("ledger_clearing_failed", path=str(self._path), exc_info=True)

@@ -1,199 +1,323 @@
 """
-Which rows match a filter: bitmaps per keyword value, NumPy columns for numbers.
+Which rows match a filter: bitmaps per keyword value, NumPy columns for numbers and dates.
 
-Rows are only ever added. Which of them are live is the caller's knowledge and comes with each question, so that a
-search that began before a change resolves its filter as of then.
+Rows are only ever added, and what a row holds never changes. So what a filter selects among the first rows stays true:
+it is kept, and only later rows are looked at when the filter comes again. Which rows are live is the caller's knowledge
+and comes with each question, so that a search that began before a change resolves its filter as of then.
 """
 
-import array
-import math
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import ormsgpack
 from pyroaring import BitMap
 
+from services.common.errors import InvalidInput
 from services.search.filters import And, Condition, Expression, Not, Or, Scalar
-from services.search.ports import MetadataValue
+from services.search.kinds import Kinds, microseconds
+from services.search.ports import AttributeKind, MetadataValue
+from services.search.shards.columns import FLOAT_BOUNDS, INT64, INTEGER_BOUNDS, Column, interval, nearest
+from services.search.shards.files import Damaged
 
-_INT64 = np.iinfo(np.int64)
-_FIRST_CAPACITY = 64
+MAX_FACET_VALUES = 10_000  # Counting looks at every distinct value of a field.
+
+_MAX_KEPT_FILTERS = 128
 
 
 class AttributeIndex:
     """The metadata of rows, by field. One writer and many readers may use it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Kinds = None) -> None:
+        """Index the fields of *kinds*, or every field where that is None."""
+        self._kinds = kinds
         self._fields: dict[str, _Field] = {}
+        self._rows = 0
+        # By a filter's key: up to which row it was resolved, and the rows it selects among those.
+        self._kept: OrderedDict[str, tuple[int, BitMap]] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, row: int, metadata: Mapping[str, MetadataValue]) -> None:
         """Add *row*; rows arrive in ascending order, each once."""
         with self._lock:
             for name, value in metadata.items():
-                self._fields.setdefault(name, _Field()).add(row, value)
+                kind = "any" if self._kinds is None else self._kinds.get(name)
+                if kind is not None:
+                    self._field(name, kind).add(row, value)
+            self._rows = row + 1
 
     def resolve(self, expression: Expression, live: BitMap) -> BitMap:
         """Return those rows of *live* that match, as a bitmap that nobody else holds."""
+        key = expression.key()
         with self._lock:
-            return self._match(expression, live) & live
+            resolved, rows = self._kept.pop(key, (0, BitMap()))
+            if resolved < self._rows:
+                rows = rows | self._match(expression, resolved)
+            self._kept[key] = (self._rows, rows)
+            if len(self._kept) > _MAX_KEPT_FILTERS:
+                self._kept.popitem(last=False)
+        return rows & live
 
-    def _match(self, expression: Expression, live: BitMap) -> BitMap:
-        """Return the rows that match; among them may be some that are not live, and the bitmap may be shared."""
+    def estimate(self, expression: Expression, live: BitMap) -> float:
+        """Return about how many rows of *live* match, from counts and samples, as if fields had nothing to do with each other."""
+        with self._lock:
+            return self._share(expression) * len(live)
+
+    def counts(self, field: str, rows: BitMap, limit: int) -> dict[str, int]:
+        """
+        Return how many of *rows* have each value of *field*, the *limit* commonest first; lists count in each element.
+
+        Raises:
+            InvalidInput: The field has too many distinct values to count, or is not indexed.
+        """
+        if self._kinds is not None and field not in self._kinds:
+            raise InvalidInput(f"facets.{field}: is not indexed in this collection", param=f"facets.{field}")
+        with self._lock:
+            found = self._fields.get(field)
+            return {} if found is None else found.counts(field, rows, limit)
+
+    def freeze(self) -> bytes:
+        """Return all of it as bytes that `load` reads."""
+        with self._lock:
+            return ormsgpack.packb(
+                {"rows": self._rows, "fields": {name: field.freeze() for name, field in self._fields.items()}}
+            )
+
+    @classmethod
+    def load(cls, frozen: bytes, kinds: Kinds = None) -> "AttributeIndex":
+        """Return the index that `freeze` wrote. Raises Damaged."""
+        made = cls(kinds)
+        try:
+            content = ormsgpack.unpackb(frozen)
+            made._rows = int(content["rows"])
+            made._fields = {name: _Field.load(field) for name, field in content["fields"].items()}
+        except Exception as error:  # Whatever the bytes make the parsers do.
+            raise Damaged(f"the attributes cannot be read: {error}") from error
+        return made
+
+    def _field(self, name: str, kind: AttributeKind) -> "_Field":
+        field = self._fields.get(name)
+        if field is None:
+            field = self._fields[name] = _Field(dates=kind == "date")
+        return field
+
+    def _match(self, expression: Expression, first_row: int) -> BitMap:
+        """Return the rows from *first_row* on that match, live or not; the bitmap may be the index's own."""
         match expression:
             case And(operands):
-                return reduce(BitMap.__and__, (self._match(operand, live) for operand in operands))
+                return reduce(BitMap.__and__, (self._match(operand, first_row) for operand in operands))
             case Or(operands):
-                return BitMap.union(*(self._match(operand, live) for operand in operands))
+                return BitMap.union(*(self._match(operand, first_row) for operand in operands))
             case Not(operand):
-                return live - self._match(operand, live)
+                return BitMap(range(first_row, self._rows)) - self._match(operand, first_row)
         field = self._fields.get(expression.field)
-        return BitMap() if field is None else field.match(expression)
+        return BitMap() if field is None else field.match(expression, first_row)
+
+    def _share(self, expression: Expression) -> float:
+        match expression:
+            case And(operands):
+                return float(np.prod([self._share(operand) for operand in operands]))
+            case Or(operands):
+                return 1.0 - float(np.prod([1.0 - self._share(operand) for operand in operands]))
+            case Not(operand):
+                return 1.0 - self._share(operand)
+        field = self._fields.get(expression.field)
+        return 0.0 if field is None or not self._rows else min(1.0, field.estimate(expression) / self._rows)
+
+
+class _Postings:
+    """Rows by value. Most values of some fields have one row, which then is a number: a bitmap is ten times as large."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str | bool, int | BitMap] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, value: object) -> bool:
+        return value in self._rows
+
+    def __iter__(self) -> Iterator[str | bool]:
+        return iter(self._rows)
+
+    def add(self, value: str | bool, row: int) -> None:
+        rows = self._rows.get(value)
+        if rows is None:
+            self._rows[value] = row
+        elif isinstance(rows, int):
+            self._rows[value] = BitMap((rows, row))
+        else:
+            rows.add(row)
+
+    def count(self, value: str | bool) -> int:
+        rows = self._rows.get(value)
+        return 0 if rows is None else 1 if isinstance(rows, int) else len(rows)
+
+    def rows(self, values: Iterable[str | bool]) -> BitMap:
+        """Return the rows that have any of *values*; the bitmap may be the index's own."""
+        found = [rows for value in values if (rows := self._rows.get(value)) is not None]
+        bitmaps = [rows for rows in found if not isinstance(rows, int)]
+        single = [rows for rows in found if isinstance(rows, int)]
+        if len(bitmaps) == 1 and not single:
+            return bitmaps[0]
+        return BitMap.union(BitMap(single), *bitmaps)
+
+    def counts(self, rows: BitMap) -> Iterator[tuple[str, int]]:
+        """Yield each value that some of *rows* have, as text, with how many."""
+        for value, own in self._rows.items():
+            count = int(own in rows) if isinstance(own, int) else own.intersection_cardinality(rows)
+            if count:
+                yield (value if isinstance(value, str) else str(value).lower()), count
+
+    def freeze(self) -> list[Any]:
+        return [[value, rows if isinstance(rows, int) else rows.serialize()] for value, rows in self._rows.items()]
+
+    @classmethod
+    def load(cls, frozen: Iterable[Any]) -> "_Postings":
+        made = cls()
+        made._rows = {value: rows if isinstance(rows, int) else BitMap.deserialize(rows) for value, rows in frozen}
+        return made
 
 
 class _Field:
     """One metadata field: who has it, and with what value."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, dates: bool) -> None:
+        self._dates = dates
         self._present = BitMap()
-        self._scalars: dict[str | bool, BitMap] = {}
-        self._elements: dict[str, BitMap] = {}
-        self._integers = _Column(np.int64)
-        self._floats = _Column(np.float64)
+        self._scalars = _Postings()
+        self._elements = _Postings()
+        self._integers = Column(np.int64)
+        self._floats = Column(np.float64)
         self._strings: list[str] = []
         self._in_order = True
 
     def add(self, row: int, value: MetadataValue) -> None:
         self._present.add(row)
-        if isinstance(value, list):
+        if self._dates:
+            moment = microseconds(value)
+            if moment is not None:
+                self._integers.append(row, moment)
+        elif isinstance(value, list):
             for element in value:
-                self._elements.setdefault(element, BitMap()).add(row)
+                self._elements.add(element, row)
         elif isinstance(value, (str, bool)):
             if isinstance(value, str) and value not in self._scalars:
                 self._strings.append(value)
                 self._in_order = False
-            self._scalars.setdefault(value, BitMap()).add(row)
-        elif isinstance(value, int) and _INT64.min <= value <= _INT64.max:
+            self._scalars.add(value, row)
+        elif isinstance(value, int) and INT64.min <= value <= INT64.max:
             self._integers.append(row, value)
         else:
-            self._floats.append(row, _nearest(value))
+            self._floats.append(row, nearest(value))
 
-    def match(self, condition: Condition) -> BitMap:
-        """Return the rows for which *condition* holds; the bitmap may be one of the index's own."""
-        value: Any = condition.value
+    def match(self, condition: Condition, first_row: int) -> BitMap:
+        """Return the rows for which *condition* holds; numbers only from *first_row* on."""
+        value = self._readable(condition.value)
         match condition.operator:
             case "$exists":
                 return self._present
             case "$contains":
-                return self._elements.get(value, BitMap())
+                return self._elements.rows((value,))
             case "$eq":
-                return self._any_of((value,))
+                return self._any_of((value,), first_row)
             case "$in":
-                return self._any_of(value)
+                return self._any_of(value, first_row)
         if isinstance(value, str):
-            return self._strings_beyond(condition.operator, value)
-        return self._integers.between(*_interval(condition.operator, value, _INTEGER_BOUNDS)) | self._floats.between(
-            *_interval(condition.operator, value, _FLOAT_BOUNDS)
+            return self._scalars.rows(self._strings_beyond(condition.operator, value))
+        return self._integers.between(
+            *interval(condition.operator, value, INTEGER_BOUNDS), first_row
+        ) | self._floats.between(*interval(condition.operator, value, FLOAT_BOUNDS), first_row)
+
+    def estimate(self, condition: Condition) -> float:
+        """Return about for how many rows *condition* holds."""
+        value = self._readable(condition.value)
+        match condition.operator:
+            case "$exists":
+                return len(self._present)
+            case "$contains":
+                return self._elements.count(value)
+            case "$eq" | "$in":
+                values = value if condition.operator == "$in" else (value,)
+                return sum(map(self._estimate_equal, values))
+        if isinstance(value, str):
+            share = len(self._strings_beyond(condition.operator, value)) / max(1, len(self._strings))
+            return share * len(self._present)
+        return self._integers.estimate(*interval(condition.operator, value, INTEGER_BOUNDS)) + self._floats.estimate(
+            *interval(condition.operator, value, FLOAT_BOUNDS)
         )
 
-    def _any_of(self, values: Iterable[Scalar]) -> BitMap:
-        found: list[BitMap] = []
+    def counts(self, name: str, rows: BitMap, limit: int) -> dict[str, int]:
+        """Return the commonest values among *rows*."""
+        distinct = len(self._scalars) + len(self._elements)
+        if distinct > MAX_FACET_VALUES:
+            raise InvalidInput(
+                f"facets.{name}: has {distinct:,} distinct values; at most {MAX_FACET_VALUES:,} can be counted",
+                param=f"facets.{name}",
+            )
+        numbers = chain(self._integers.counts(rows, limit), self._floats.counts(rows, limit))
+        found: dict[str, int] = {}
+        for value, count in chain(
+            self._scalars.counts(rows), self._elements.counts(rows), ((str(number), n) for number, n in numbers)
+        ):
+            found[value] = found.get(value, 0) + count
+        best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:limit]
+        return dict(best)
+
+    def freeze(self) -> dict[str, Any]:
+        return {
+            "dates": self._dates,
+            "present": self._present.serialize(),
+            "scalars": self._scalars.freeze(),
+            "elements": self._elements.freeze(),
+            "integers": self._integers.freeze(),
+            "floats": self._floats.freeze(),
+        }
+
+    @classmethod
+    def load(cls, frozen: Mapping[str, Any]) -> "_Field":
+        made = cls(dates=bool(frozen["dates"]))
+        made._present = BitMap.deserialize(frozen["present"])
+        made._scalars = _Postings.load(frozen["scalars"])
+        made._elements = _Postings.load(frozen["elements"])
+        made._integers = Column.load(np.int64, frozen["integers"])
+        made._floats = Column.load(np.float64, frozen["floats"])
+        made._strings = [value for value in made._scalars if isinstance(value, str)]
+        made._in_order = False
+        return made
+
+    def _readable(self, value: Any) -> Any:
+        """Return a condition's value as the field holds it."""
+        if not self._dates or isinstance(value, bool):
+            return value
+        return tuple(map(microseconds, value)) if isinstance(value, tuple) else microseconds(value)
+
+    def _any_of(self, values: Iterable[Scalar], first_row: int) -> BitMap:
+        words: list[str | bool] = []
         numbers: list[int | float] = []
         for value in values:
-            if isinstance(value, (str, bool)):
-                found.extend(rows for rows in (self._scalars.get(value), self._element(value)) if rows is not None)
-            else:
-                numbers.append(value)
+            (words if isinstance(value, (str, bool)) else numbers).append(value)  # type: ignore[arg-type]
+        found = [self._scalars.rows(words), self._elements.rows(word for word in words if isinstance(word, str))]
         if numbers:
             whole = [int(number) for number in numbers if int(number) == number]
-            found.append(self._integers.any_of([n for n in whole if _INT64.min <= n <= _INT64.max]))
-            found.append(self._floats.any_of([_nearest(number) for number in numbers if _nearest(number) == number]))
-        return BitMap.union(*found) if found else BitMap()
+            found.append(self._integers.any_of([n for n in whole if INT64.min <= n <= INT64.max], first_row))
+            exact = [nearest(number) for number in numbers if nearest(number) == number]
+            found.append(self._floats.any_of(exact, first_row))
+        return BitMap.union(*found)
 
-    def _element(self, value: str | bool) -> BitMap | None:
-        return self._elements.get(value) if isinstance(value, str) else None
+    def _estimate_equal(self, value: Scalar) -> float:
+        if isinstance(value, (str, bool)):
+            return self._scalars.count(value) + self._elements.count(value)
+        return self._integers.estimate(value, value) + self._floats.estimate(value, value)
 
-    def _strings_beyond(self, operator: str, bound: str) -> BitMap:
+    def _strings_beyond(self, operator: str, bound: str) -> list[str]:
         if not self._in_order:
             self._strings.sort()
             self._in_order = True
         cut = (bisect_right if operator in ("$gt", "$lte") else bisect_left)(self._strings, bound)
-        chosen = self._strings[cut:] if operator in ("$gt", "$gte") else self._strings[:cut]
-        return BitMap.union(*(self._scalars[value] for value in chosen)) if chosen else BitMap()
-
-
-class _Column:
-    """Numbers by row, in arrays that double when full."""
-
-    def __init__(self, dtype: type[np.int64] | type[np.float64]) -> None:
-        self._rows = np.empty(0, np.uint32)
-        self._values: NDArray[Any] = np.empty(0, dtype)
-        self._count = 0
-
-    def append(self, row: int, value: int | float) -> None:
-        if self._count == len(self._rows):
-            capacity = max(_FIRST_CAPACITY, 2 * self._count)
-            self._rows = np.resize(self._rows, capacity)
-            self._values = np.resize(self._values, capacity)
-        self._rows[self._count] = row
-        self._values[self._count] = value
-        self._count += 1
-
-    def between(self, low: int | float, high: int | float) -> BitMap:
-        """Return the rows with low ≤ value ≤ high."""
-        if not self._count or low > high:
-            return BitMap()
-        values = self._values[: self._count]
-        return self._where((values >= low) & (values <= high))
-
-    def any_of(self, numbers: list[int] | list[float]) -> BitMap:
-        """Return the rows with one of *numbers*, which the column's type can hold exactly."""
-        if not self._count or not numbers:
-            return BitMap()
-        return self._where(np.isin(self._values[: self._count], np.array(numbers, self._values.dtype)))
-
-    def _where(self, mask: NDArray[np.bool_]) -> BitMap:
-        # An array.array is what BitMap reads as a block; it would take a NumPy array number by number.
-        return BitMap(array.array("I", self._rows[: self._count][mask].tobytes()))
-
-
-def _nearest(number: int | float) -> float:
-    """Return the float nearest to *number*, infinite if it is out of range."""
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf if number > 0 else -math.inf
-
-
-def _integer_bounds(bound: int | float) -> tuple[int, int, int, int]:
-    """Return the integers next to *bound*: least above, least not below, greatest below, greatest not above."""
-    floor, ceil = math.floor(bound), math.ceil(bound)
-    return floor + 1, ceil, ceil - 1, floor
-
-
-def _float_bounds(bound: int | float) -> tuple[float, float, float, float]:
-    """Return the floats next to *bound* (which may be an integer that no float equals), as `_integer_bounds` does."""
-    near = _nearest(bound)
-    up = near if near >= bound else math.nextafter(near, math.inf)
-    down = near if near <= bound else math.nextafter(near, -math.inf)
-    above = up if up > bound else math.nextafter(up, math.inf)
-    below = down if down < bound else math.nextafter(down, -math.inf)
-    return above, up, below, down
-
-
-_Bounds = tuple[Callable[[int | float], tuple[Any, Any, Any, Any]], int | float, int | float]
-_INTEGER_BOUNDS: _Bounds = (_integer_bounds, _INT64.min, _INT64.max)
-_FLOAT_BOUNDS: _Bounds = (_float_bounds, -math.inf, math.inf)
-
-
-def _interval(operator: str, bound: int | float, kind: _Bounds) -> tuple[int | float, int | float]:
-    """Return the closed interval of a column's type that `operator bound` selects; low > high where it is empty."""
-    around, lowest, highest = kind
-    above, up, below, down = around(bound)
-    low = {"$gt": above, "$gte": up}.get(operator, lowest)
-    high = {"$lt": below, "$lte": down}.get(operator, highest)
-    return max(low, lowest), min(high, highest)
+        return self._strings[cut:] if operator in ("$gt", "$gte") else self._strings[:cut]

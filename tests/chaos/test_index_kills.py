@@ -1,0 +1,220 @@
+"""
+SIGKILL at random moments while a real search service writes, seals, merges and snapshots: nothing acknowledged is lost.
+
+`TERCET_CHAOS_RUNS` is the number of kills (10 here, 200 in `make chaos-index`), `TERCET_CHAOS_SEED` where they fall.
+"""
+
+import http.client
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+
+RUNS = int(os.environ.get("TERCET_CHAOS_RUNS", "10"))
+SEED = int(os.environ.get("TERCET_CHAOS_SEED", "1"))
+DIM = 24
+IDS = 1500
+WRITERS = 2
+START_PATIENCE_S = 60.0
+
+# So small that a second of writing seals, merges and writes snapshots many times.
+SMALL = {
+    "SEARCH_TAIL_ROWS": "64",
+    "SEARCH_HNSW_ROWS": "300",
+    "SEARCH_SNAPSHOT_OPERATIONS": "200",
+    "SEARCH_SNAPSHOT_INTERVAL_S": "0.5",
+    "SEARCH_MAINTENANCE_SHARE": "1",
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120 + 20 * RUNS)]
+
+
+def word_of(id_, version):
+    """Return a word that only this version of a document has."""
+    return f"q{id_}x{version}q"
+
+
+def vector_of(id_, version):
+    """Return a unit vector that only this version of a document has."""
+    vector = np.random.default_rng([id_, version]).standard_normal(DIM)
+    return (vector / np.linalg.norm(vector)).tolist()
+
+
+@dataclass
+class Model:
+    """What may be true of each document: one version (None: it is not there), or two while a write is unanswered."""
+
+    versions: dict[int, set[int | None]] = field(default_factory=dict)
+    seq: int = 0
+    touched: set[int] = field(default_factory=set)
+    next_version: int = 1
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def possible(self, id_):
+        """Return the versions that the document may have now."""
+        return self.versions.get(id_, {None})
+
+
+class Service:
+    """The search service as a process that is killed and started again on the same data."""
+
+    def __init__(self, data_dir: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._environ = {**os.environ, **SMALL, "SEARCH_DATA_DIR": str(data_dir), "SEARCH_LISTEN_PORT": str(self.port)}
+        self._log = data_dir.with_suffix(".log")
+
+    def start(self):
+        """Start it and wait until it answers."""
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "services.search"], env=self._environ, stdout=log, stderr=log
+            )
+        give_up_at = time.monotonic() + START_PATIENCE_S
+        while time.monotonic() < give_up_at and self.process.poll() is None:
+            with suppress(OSError, http.client.HTTPException):
+                if self.call("GET", "/readyz")[0] == 200:
+                    return
+            time.sleep(0.02)
+        raise AssertionError(f"it did not start: {self._log.read_text(errors='replace')[-3000:]}")
+
+    def kill(self):
+        """End it as a crash does."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self):
+        """End it as an operator does; it must end well."""
+        self.process.terminate()
+        assert self.process.wait(60) == 0
+
+    def call(self, method, path, body=None, *, timeout_s=60):
+        """Return the status and the JSON of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            content = None if body is None else orjson.dumps(body)
+            connection.request(method, path, content, {"content-type": "application/json"})
+            reply = connection.getresponse()
+            raw = reply.read()
+            return reply.status, orjson.loads(raw) if raw else None
+        finally:
+            connection.close()
+
+    def ask(self, method, path, body=None):
+        """Return the JSON of a request that must succeed."""
+        status, answer = self.call(method, path, body)
+        assert status < 300, (path, status, answer)
+        return answer
+
+
+def write_until(stop, service, model, random_, ids):
+    """Write, update and delete documents among *ids*, one batch after the other, noting what was acknowledged."""
+    while not stop.is_set():
+        chosen = random_.sample(ids, random_.randint(1, 40))
+        wait = random_.choice(["applied", "acknowledged"])
+        with model.lock:
+            version = model.next_version
+            model.next_version += 1
+        deleting = random_.random() < 0.2
+        for id_ in chosen:
+            model.touched.add(id_)
+            model.versions[id_] = model.possible(id_) | {None if deleting else version}
+        try:
+            if deleting:
+                body = {"ids": [str(id_) for id_ in chosen]}
+                status, answer = service.call("POST", f"/collections/c/documents/delete?wait={wait}", body)
+            else:
+                documents = [
+                    {
+                        "id": str(id_),
+                        "text": f"{word_of(id_, version)} and some more words",
+                        "metadata": {"version": version},
+                        "vector": vector_of(id_, version),
+                    }
+                    for id_ in chosen
+                ]
+                status, answer = service.call("POST", f"/collections/c/documents?wait={wait}", {"documents": documents})
+        except (OSError, http.client.HTTPException):
+            return
+        assert status == 200, answer
+        assert not answer.get("errors"), answer
+        for id_ in chosen:
+            model.versions[id_] = {None if deleting else version}
+        with model.lock:
+            model.seq = max(model.seq, answer["seq"])
+
+
+def snapshots_until(stop, service, random_):
+    """Ask for snapshots now and then."""
+    while not stop.wait(random_.uniform(0.1, 0.6)):
+        with suppress(OSError, http.client.HTTPException):
+            service.call("POST", "/collections/c/snapshot")
+
+
+def check(service, model, random_):
+    """Every acknowledged document is found by id, by its word and by its vector; what is gone is not."""
+    settled = list(model.versions)
+    sample = sorted(model.touched) + random_.sample(settled, min(40, len(settled)))
+    for id_ in sample:
+        status, document = service.call("GET", f"/collections/c/documents/{id_}")
+        found = int(document["text"].split()[0][1:-1].split("x")[1]) if status == 200 else None
+        assert found in model.possible(id_), (id_, found, model.possible(id_))
+        model.versions[id_] = {found}  # From here on it is known.
+        ask = {"collection": "c", "k": 1, "rerank": False, "min_seq": model.seq, "cache": False}
+        if found is None:
+            continue
+        for question in (
+            {"query": word_of(id_, found), "mode": "lexical"},
+            {"query_vector": vector_of(id_, found), "mode": "dense"},
+        ):
+            answer = service.ask("POST", "/search", {**ask, **question})
+            assert [hit["id"] for hit in answer["hits"]] == [str(id_)], (id_, found, question, answer)
+            assert "shards_partial" not in answer["degraded"], answer
+    model.touched.clear()
+    audits = service.ask("POST", "/collections/c/audit")
+    assert audits["clean"], audits
+
+
+def test_nothing_acknowledged_is_lost_by_kills(tmp_path):
+    """After each SIGKILL the service starts again by itself, has every acknowledged write, and its audit is clean."""
+    random_ = random.Random(SEED)
+    model = Model()
+    service = Service(tmp_path / "data")
+    service.start()
+    service.ask("POST", "/collections", {"name": "c", "dim": DIM, "shards": 2})
+    for run in range(RUNS):
+        stop = threading.Event()
+        # Each writer has ids of its own, so that the order of its writes is the order of its answers.
+        threads = [
+            threading.Thread(
+                target=write_until,
+                args=(stop, service, model, random.Random(random_.random()), list(range(w, IDS, WRITERS))),
+            )
+            for w in range(WRITERS)
+        ]
+        threads.append(threading.Thread(target=snapshots_until, args=(stop, service, random.Random(random_.random()))))
+        for thread in threads:
+            thread.start()
+        time.sleep(random_.uniform(0.2, 2.0))
+        service.kill()
+        stop.set()
+        for thread in threads:
+            thread.join()
+        service.start()
+        try:
+            check(service, model, random_)
+        except AssertionError as error:
+            raise AssertionError(f"after kill {run + 1} of seed {SEED}: {error}") from error
+    service.stop()
