@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test test-clients check unit demo-eval docs bench-embedding bench-peers install clean
+.PHONY: help run test test-clients check unit demo-eval docs bench-embedding bench-search bench-peers install clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -42,6 +42,7 @@ docs: $(VENV)/.installed ## Write docs/settings.md from the settings classes
 	$(BIN)/python -m tests.conventions.settings_doc
 
 INFINITY := benchmarks/peers/infinity
+VECTORS := benchmarks/peers/vectors
 
 bench-embedding: $(VENV)/.installed-bench $(INFINITY)/.venv/.installed ## Measure the embedding service beside its peers (NOTE='what changed' BENCH=--quick)
 	@exec $(BIN)/python -m benchmarks.embedding --note '$(NOTE)' $(BENCH)
@@ -50,13 +51,22 @@ $(VENV)/.installed-bench: $(VENV)/.installed-test
 	@$(PIP) install -q -e '.[bench]' -c constraints.txt
 	@touch $@
 
-bench-peers: $(INFINITY)/.venv/.installed ## Install the peers that we measure beside, in environments of their own
+bench-search: $(VENV)/.installed-bench $(VECTORS)/.venv/.installed ## Measure search beside vector databases (NOTE='what changed' BENCH=--quick)
+	@exec $(BIN)/python -m benchmarks.search --note '$(NOTE)' $(BENCH)
+
+bench-peers: $(INFINITY)/.venv/.installed $(VECTORS)/.venv/.installed ## Install the peers that we measure beside, in environments of their own
 
 $(INFINITY)/.venv/.installed: $(INFINITY)/requirements.txt
 	@echo "Installing Infinity into $(@D); this takes a few minutes"
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip --disable-pip-version-check install -q $(TORCH) $(TORCH_FROM)
 	@$(@D)/bin/python -m pip --disable-pip-version-check install -q $(TORCH) -r $<
+	@touch $@
+
+$(VECTORS)/.venv/.installed: $(VECTORS)/requirements.txt
+	@echo "Installing the vector databases into $(@D); this takes a minute"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install -q -r $<
 	@touch $@
 
 install: $(VENV)/.installed ## Create .venv and install Tercet with pinned dependencies

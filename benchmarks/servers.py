@@ -110,15 +110,28 @@ class Running:
         self._signal(signal.SIGKILL)
         self.process.wait()
 
-    def _settle(self) -> None:
-        give_up_at = time.monotonic() + SETTLE_PATIENCE_S
-        before_s = self._cpu_s()
+    def wait_until_idle(self, patience_s: float, *, quiet_s: float = 6.0) -> float:
+        """Wait until it has done nothing for *quiet_s*; return how many seconds it worked before that."""
+        began = time.monotonic()
+        while self._settle(patience_s):
+            quiet_from = time.monotonic()
+            while time.monotonic() - quiet_from < quiet_s and self._idle():
+                pass
+            if time.monotonic() - quiet_from >= quiet_s:
+                return quiet_from - began
+        return time.monotonic() - began
+
+    def _settle(self, patience_s: float = SETTLE_PATIENCE_S) -> bool:
+        give_up_at = time.monotonic() + patience_s
         while time.monotonic() < give_up_at:
-            time.sleep(SETTLE_LOOK_S)
-            now_s = self._cpu_s()
-            if now_s - before_s < SETTLE_LOOK_S * IDLE_SHARE:
-                return
-            before_s = now_s
+            if self._idle():
+                return True
+        return False
+
+    def _idle(self) -> bool:
+        before_s = self._cpu_s()
+        time.sleep(SETTLE_LOOK_S)
+        return self._cpu_s() - before_s < SETTLE_LOOK_S * IDLE_SHARE
 
     def _cpu_s(self) -> float:
         fields = [text.rpartition(")")[2].split() for text in self._proc("stat")]
