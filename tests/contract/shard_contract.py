@@ -1,7 +1,9 @@
 """What every shard does, in this process or behind a network: inherit `ShardContract` and say how one is made."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,11 +11,39 @@ import pytest_asyncio
 
 from services.common.errors import NotReady
 from services.search.filters import parse_filter
-from services.search.ports import LedgerDocument, Operation, Shard, ShardQuery
+from services.search.ports import Collection, LedgerDocument, Operation, Shard, ShardQuery
 from services.search.shards.lexical import analyze
+from services.search.shards.threads import ShardThreads, search_threads
+from services.search.shards.vectors import VectorOptions
 
 DIM = 8
 MakeShard = Callable[[], Awaitable[Shard]]
+
+# Segments so small that a handful of documents is sealed, merged and rebuilt.
+TINY = VectorOptions(tail_rows=8, hnsw_rows=32, ivf_rows=96, max_segment_rows=128)
+
+
+def a_collection(**changes):
+    """Return a collection of dimension `DIM`."""
+    values = {"uuid": "u1", "name": "c", "model": None, "fingerprint": "f", "dim": DIM, "shards": 4, "created_at": 0.0}
+    return Collection(**(values | changes))
+
+
+@contextmanager
+def early_folds() -> Iterator[None]:
+    """Let an idle lexical index fold its newest documents when they are a handful, until the block ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("services.search.shards.lexical.index._FOLD_ROWS_WHEN_IDLE", 8)
+        yield
+
+
+@contextmanager
+def shard_threads() -> Iterator[ShardThreads]:
+    """Yield threads for shards to work in."""
+    made = ShardThreads(search_threads(3), ThreadPoolExecutor(2), ThreadPoolExecutor(1), lambda: None)
+    yield made
+    for pool in (made.readers, made.writers, made.maintenance):
+        pool.shutdown()
 
 
 def unit(*numbers):
@@ -70,7 +100,8 @@ class ShardContract:
             assert list(answer.candidates) == []
             assert answer.applied_seq == 0
             assert answer.shard == shard.number
-        assert await shard.fetch([0, 5]) == {}
+        assert await shard.fetch(["a", ""]) == {}
+        assert await shard.matching(None, limit=5) == []
         assert shard.documents == shard.applied_seq == 0
 
     async def test_what_was_applied_is_found_at_once(self, shard):
@@ -117,7 +148,6 @@ class ShardContract:
     async def test_an_update_replaces_the_document_everywhere(self, shard):
         """Old words, old metadata, old vector and old text are gone."""
         await shard.apply([put(1, "a", "apple", vector=unit(1), lang="en")], 1)
-        (old,) = (await shard.search(dense(1))).candidates
         await shard.apply([put(2, "a", "pear", vector=unit(0, 1), lang="de")], 2)
         assert shard.documents == 1
         assert await found(shard, lexical("apple")) == []
@@ -126,13 +156,12 @@ class ShardContract:
         assert await found(shard, dense(1, filter={"lang": "de"})) == ["a"]
         (new,) = (await shard.search(dense(1))).candidates
         assert new.dense == pytest.approx(0, abs=1e-6)
-        documents = await shard.fetch([old.row, new.row])
-        assert {document.text for document in documents.values()} == {"pear"}
+        documents = await shard.fetch(["a"])
+        assert (documents["a"].text, documents["a"].seq) == ("pear", 2)
 
     async def test_a_deleted_document_is_gone(self, shard):
         """Neither retriever, filter nor fetch brings it back; deleting what is not there does no harm."""
         await shard.apply([put(1, "a", "apple", x=1), put(2, "b", "apple", x=1)], 2)
-        (row,) = [c.row for c in (await shard.search(dense(1))).candidates if c.id == "a"]
         await shard.apply([gone(3, "a"), gone(4, "unknown")], 4)
         assert shard.documents == 1
         for query in (
@@ -142,7 +171,7 @@ class ShardContract:
             dense(1, filter={"y": {"$exists": False}}),
         ):
             assert await found(shard, query) == ["b"]
-        assert await shard.fetch([row]) == {}
+        assert list(await shard.fetch(["a", "b"])) == ["b"]
 
     async def test_a_deleted_id_can_come_back(self, shard):
         """A document that was deleted and stored again is there once."""
@@ -163,14 +192,21 @@ class ShardContract:
         assert (shard.documents, shard.applied_seq) == (2, 5)
         assert await found(shard, lexical("apple")) == []
 
-    async def test_an_older_operation_never_undoes_a_newer_one(self, shard):
-        """Of operations on one document that arrive in the wrong order, the one with the higher number holds."""
+    async def test_operations_that_it_has_applied_are_passed_over(self, shard):
+        """What is numbered up to `applied_seq` changes nothing, even on documents the shard has not; the rest counts."""
         await shard.apply([put(7, "a", "new"), gone(8, "b")], 8)
-        await shard.apply([put(3, "a", "old"), put(4, "b", "old"), put(5, "c", "late")], 5)
-        assert await found(shard, lexical("old")) == []
-        assert await found(shard, lexical("new")) == ["a"]
-        assert await found(shard, lexical("late")) == ["c"]
-        assert shard.applied_seq == 8
+        await shard.apply([put(3, "a", "old"), put(4, "b", "old"), put(8, "c", "late"), put(9, "d", "next")], 9)
+        assert await found(shard, lexical("old late")) == []
+        assert await found(shard, lexical("new next")) == ["a", "d"]
+        await shard.apply([], 5)
+        assert shard.applied_seq == 9
+
+    async def test_the_newest_operation_of_a_page_holds(self, shard):
+        """Of operations on one document in one call, the one with the highest number holds, in whatever order."""
+        await shard.apply([put(3, "a", "new"), put(1, "a", "old"), gone(4, "b"), put(2, "b", "old")], 4)
+        assert await found(shard, lexical("old new")) == ["a"]
+        assert (await shard.fetch(["a", "b"]))["a"].text == "new"
+        assert shard.documents == 1
 
     async def test_operations_for_other_slices_advance_the_shard(self, shard):
         """An apply without operations moves `applied_seq` alone."""
@@ -218,21 +254,64 @@ class ShardContract:
         metadata = {"s": "ü\u2028", "i": 2**63 - 1, "f": 0.1, "b": True, "l": ["x", ""], "e": []}
         text = 'line\nناقش 検索 🙂 "quoted" \'); DROP TABLE documents; --'
         await shard.apply([put(1, "ид/1", text, title="Títle", vector=unit(3, 4), **metadata)], 1)
-        (candidate,) = (await shard.search(dense(1))).candidates
-        (document,) = (await shard.fetch([candidate.row])).values()
+        (document,) = (await shard.fetch(["ид/1"])).values()
         assert (document.id, document.text, document.title, document.vector) == ("ид/1", text, "Títle", None)
         assert document.metadata == metadata
         assert document.metadata["b"] is True
-        (document,) = (await shard.fetch([candidate.row], vectors=True)).values()
+        (document,) = (await shard.fetch(["ид/1"], vectors=True)).values()
         np.testing.assert_array_equal(document.vector, unit(3, 4))
 
-    async def test_rows_that_are_not_there_are_missing_from_a_fetch(self, shard):
-        """Unknown rows are passed over; the others come."""
-        await shard.apply([put(1, "a", "apple")], 1)
-        (candidate,) = (await shard.search(dense(1))).candidates
-        assert list(await shard.fetch([candidate.row, candidate.row + 1, 4_000_000_000], vectors=True)) == [
-            candidate.row
+    async def test_ids_that_are_not_there_are_missing_from_a_fetch(self, shard):
+        """Unknown ids are passed over and repeated ones come once; so it is for very many."""
+        await shard.apply([put(seq, f"d{seq}", "apple") for seq in range(1, 101)], 100)
+        assert list(await shard.fetch(["d1", "d1", "x", "'", ""], vectors=True)) == ["d1"]
+        assert len(await shard.fetch([f"d{number}" for number in range(5000)])) == 100
+
+    async def test_matching_lists_what_a_filter_selects(self, shard):
+        """Up to the limit, with the operation that stored each, in an order that stays; None is every document."""
+        await shard.apply([put(seq, f"d{seq}", n=seq) for seq in range(1, 21)], 20)
+        await shard.apply([put(21, "d3", n=100), gone(22, "d4")], 22)
+        condition = parse_filter({"n": {"$gte": 15}})
+        matches = await shard.matching(condition, limit=100)
+        assert {match.id: match.seq for match in matches} == {**{f"d{n}": n for n in range(15, 21)}, "d3": 21}
+        assert await shard.matching(condition, limit=100) == matches
+        assert await shard.matching(condition, limit=3) == matches[:3]
+        assert len(await shard.matching(None, limit=100)) == 19
+
+    async def test_facets_count_what_matches(self, shard):
+        """Counts are over the documents that match the filter, and the words where there are any, not over the hits."""
+        operations = [
+            put(seq, f"d{seq}", "apple" if seq % 2 else "pear", lang=["en", "de", "fr"][seq % 3], n=seq)
+            for seq in range(1, 31)
         ]
+        await shard.apply([*operations, gone(31, "d30")], 31)
+        query = ShardQuery(1, vector=unit(1), facets={"lang": 2}, filter=parse_filter({"n": {"$gt": 6}}))
+        assert (await shard.search(query)).facets == {"lang": {"de": 8, "fr": 8}}
+        query = ShardQuery(1, terms=["appl"], facets={"lang": 5, "unknown": 5})
+        assert (await shard.search(query)).facets == {"lang": {"de": 5, "en": 5, "fr": 5}, "unknown": {}}
+
+    async def test_an_explanation_says_how_the_query_was_answered(self, shard):
+        """It has what the filter matches of all live documents and how the vectors were searched; else there is none."""
+        await shard.apply([put(seq, f"d{seq}", "apple", n=seq) for seq in range(1, 101)], 100)
+        query = ShardQuery(5, unit(1), ["appl"], filter=parse_filter({"n": {"$lte": 20}}), explain=True)
+        plan = (await shard.search(query)).plan
+        assert plan["filter"]["matched"] == 20
+        assert plan["filter"]["live"] == 100
+        assert plan["filter"]["selectivity"] == pytest.approx(0.2)
+        assert 0 <= plan["filter"]["estimated"] <= 100
+        assert plan["vectors"]["vectors"] in ("exact", "hnsw", "ivf", "mixed")
+        assert plan["lexical"]["found"] == 5
+        assert (await shard.search(dense(1))).plan is None
+
+    async def test_the_match_mode_of_words_is_obeyed(self, shard):
+        """`all` wants every word, a phrase wants them in order, and a prefix stands for what begins with it."""
+        texts = {"a": "green apple pie", "b": "apple of a green tree", "c": "green pear", "d": "pineapple"}
+        await shard.apply([put(seq, id, text) for seq, (id, text) in enumerate(texts.items(), 1)], 4)
+        terms = analyze("green apple")
+        assert await found(shard, ShardQuery(9, terms=terms)) == ["a", "b", "c"]
+        assert await found(shard, ShardQuery(9, terms=terms, match="all")) == ["a", "b"]
+        assert await found(shard, ShardQuery(9, terms=terms, match="phrase")) == ["a"]
+        assert await found(shard, ShardQuery(9, terms=["pine"], prefix=True)) == ["d"]
 
     @pytest.mark.parametrize(
         "words",
@@ -310,7 +389,7 @@ class ShardContract:
 
     async def test_an_apply_is_seen_whole_or_not_at_all(self, shard):
         """A search during an apply that moves all documents from one state to the next sees a single state."""
-        count, generations = 20, 30
+        count, generations = 20, 12
         condition = parse_filter({"generation": {"$gte": 0}})
         query = ShardQuery(2 * count, vector=unit(1), terms=["appl"], filter=condition)
 
@@ -367,11 +446,11 @@ class ShardContract:
                 query = ShardQuery(
                     30, unit(1), ["appl"], await shard.statistics(["appl"]), parse_filter({"n": {"$lt": 100}})
                 )
-                candidates = (await shard.search(query)).candidates
-                documents = await shard.fetch([candidate.row for candidate in candidates], vectors=True)
-                for candidate in candidates:
-                    if (document := documents.get(candidate.row)) is not None:
-                        assert document.id == candidate.id
+                answer = await shard.search(query)
+                documents = await shard.fetch([candidate.id for candidate in answer.candidates], vectors=True)
+                for candidate in answer.candidates:
+                    document = documents.get(candidate.id)
+                    if document is not None and document.seq <= answer.applied_seq:
                         assert document.metadata["n"] < 100
                         assert candidate.dense == pytest.approx(float(document.vector @ unit(1)), abs=1e-6)
 
@@ -388,6 +467,6 @@ class ShardContract:
         await shard.aclose()
         assert all(len(answer.candidates) == 10 for answer in await asyncio.gather(*searches))
         await shard.aclose()
-        for call in (shard.search(dense(1)), shard.apply([], 200), shard.fetch([0]), shard.statistics([])):
+        for call in (shard.search(dense(1)), shard.apply([], 200), shard.fetch(["a"]), shard.statistics([])):
             with pytest.raises(NotReady):
                 await call

@@ -1,94 +1,81 @@
-"""All shards of all collections in this process: each question goes to every shard of its collection side by side."""
+"""All shards of all collections, wherever they are: each question goes to one host of every shard, side by side."""
 
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import structlog
 
-from services.common.deadline import NO_DEADLINE, Deadline
-from services.common.errors import InvalidInput, NotFound, NotReady
+from services.common.deadline import Deadline
+from services.common.errors import DeadlineExceeded, DependencyUnavailable, InvalidInput, NotFound, NotReady
 from services.search.ports import (
+    AuditReport,
     Candidate,
     Collection,
-    Ledger,
     LexicalStatistics,
+    Match,
     RetrievalQuery,
     Retrieved,
     ShardAnswer,
     ShardDocument,
     ShardQuery,
+    ShardStanding,
 )
-from services.search.shards.follower import Follower, MakeShard, describe
+from services.search.shards.asking import Asker, describe
+from services.search.shards.replicas import Placement, Replica
 
 T = TypeVar("T")
 
 STATISTICS_SHARE = 0.25  # of the time left: a shard that hangs must not use up the search's time
+MAX_QUERY_TERMS = 512  # Of a longer question the first words count: each costs a list to read in every shard.
+STANDING_PATIENCE_S = 1.0
 
 _log = structlog.get_logger(__name__)
 
 
-MAX_QUERY_TERMS = 512  # Of a longer question the first words count: each costs a list to read in every shard.
+class Analyze(Protocol):
+    """Turns a question into the terms that the shards know."""
+
+    def __call__(self, text: str, language: str, *, stop_words: bool) -> Sequence[str]:
+        """Return the analysed words of *text*, without the language's commonest unless *stop_words*."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Gathered(Generic[T]):
-    """What shards said, by number: the answers, why some failed, and which have not answered yet."""
+    """What shards said, by number: the answers, why some failed, and which have not answered in time."""
 
     answers: Mapping[int, T]
     failures: Mapping[int, str]
     late: frozenset[int]
 
 
-class LocalRetriever:
+class ShardRouter:
     """
-    The `Retriever` port over shards in this process, which follow the ledger in the background.
+    The `Retriever` port over the hosts of a placement.
 
-    A collection is opened when it is first named, or by `open_collections`. Its shards are searched while they catch
-    up. A shard whose writes fail is searched too, as of what it has, and `Retrieved.failures` says so.
+    Of a shard's replicas one is asked that is well, caught up and has the least to do; where it fails the others are,
+    then the fallback index. After a `wait_applied` searches prefer replicas that have applied that operation.
     """
 
     def __init__(
         self,
-        ledger: Ledger,
-        make_shard: MakeShard,
-        analyze: Callable[[str], list[str]],
+        placement: Placement,
+        analyze: Analyze,
         *,
-        discard: Callable[[Collection], None] | None = None,
-        poll_s: float = 1.0,
+        note_failure: Callable[[str], None] = lambda _: None,
+        note_fallback: Callable[[], None] = lambda: None,
     ) -> None:
-        """
-        Serve the collections of *ledger* from shards that *make_shard(collection, number)* makes, in a thread.
-
-        *analyze* turns a question into the terms that the shards know. *discard*, called in a thread, deletes what a
-        forgotten collection's shards kept on disk. Without a `notify` the ledger is looked at every *poll_s* seconds.
-        """
-        self._ledger = ledger
-        self._make_shard = make_shard
+        """Ask the hosts of *placement*, which are not closed by this; *note_failure* is told the name of one that failed."""
+        self._placement = placement
         self._analyze = analyze
-        self._discard = discard
-        self._poll_s = poll_s
-        self._followers: dict[str, asyncio.Task[Follower]] = {}
-        self._forgotten: set[str] = set()
+        self._asker = Asker(placement, note_failure=note_failure, note_fallback=note_fallback)
         self._asking: set[asyncio.Task[Any]] = set()
-        self._closings: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def open_collections(self) -> None:
-        """Open every collection of the ledger; they catch up in the background. Raises what the ledger raises."""
-        openings = [self._opening(collection) for collection in await self._ledger.list_collections()]
-        if openings:
-            await asyncio.wait(openings)
-
-    def notify(self, collection: Collection, seq: int) -> None:
-        """Say that the ledger holds operations up to *seq*, so that the shards take them at once."""
-        if self._closed or collection.uuid in self._forgotten:
-            return
-        opening = self._opening(collection)
-        if opening.done():
-            opening.result().notify(seq)
+    # --- reading
 
     async def retrieve(self, collection: Collection, query: RetrievalQuery, deadline: Deadline) -> Retrieved:
         """
@@ -98,149 +85,225 @@ class LocalRetriever:
             InvalidInput: A shard refused the query itself.
             NotFound: The collection was deleted.
         """
-        follower = await self._follower(collection, deadline)
-        if follower is None:
-            return Retrieved((), collection.shards, 0, 0, {}, collection.shards, 0, {})
-        failures = {slot.number: slot.failure for slot in follower.slots if slot.failure is not None}
+        self._check_open()
         timings_ms: dict[str, float] = {}
         terms: Sequence[str] = ()
         statistics: LexicalStatistics | None = None
         refused: Mapping[int, str] = {}
         if query.text is not None:
             began = time.perf_counter()
-            terms = self._analyze(query.text)[:MAX_QUERY_TERMS]
-            statistics, refused = await self._statistics(follower, sorted(set(terms)), deadline)
+            words = self._analyze(query.text, collection.language, stop_words=query.stop_words)
+            terms = words[:MAX_QUERY_TERMS]
+            statistics, refused = await self._statistics(collection, sorted(set(terms)), deadline)
             timings_ms["statistics"] = (time.perf_counter() - began) * 1000
-        question = ShardQuery(query.limit, query.vector, terms, statistics, query.filter)
-        gathered = await self._ask(
-            {
-                slot.number: slot.shard.search(question)
-                for slot in follower.slots
-                if slot.shard is not None and slot.number not in refused
-            },
-            _seconds(deadline),
+        question = ShardQuery(
+            limit=query.limit,
+            vector=query.vector,
+            terms=terms,
+            statistics=statistics,
+            filter=query.filter,
+            match=query.match,
+            prefix=query.prefix,
+            exact=query.exact,
+            explain=query.explain,
+            facets=query.facets,
         )
-        merged = _merge(follower, gathered, {**failures, **refused, **gathered.failures}, timings_ms)
+        gathered = await self._gather(
+            {
+                shard: self._asker.search(collection, shard, question, deadline)
+                for shard in range(collection.shards)
+                if shard not in refused
+            },
+            deadline,
+        )
+        merged = _merge(collection, query, gathered, refused, timings_ms)
         return replace(merged, terms=terms, statistics=statistics)
 
     async def fetch(
         self, collection: Collection, candidates: Sequence[Candidate], deadline: Deadline, *, vectors: bool = False
     ) -> dict[str, ShardDocument]:
         """Return the stored fields of *candidates* by id; those that are gone, or whose shard fails, are missing."""
-        follower = await self._follower(collection, deadline)
-        if follower is None:
-            return {}
-        rows: dict[int, dict[int, str]] = {}
+        self._check_open()
+        ids: dict[int, list[str]] = {}
         for candidate in candidates:
-            rows.setdefault(candidate.shard, {})[candidate.row] = candidate.id
-        shards = {number: follower.slots[number].shard for number in rows}
-        gathered = await self._ask(
+            ids.setdefault(candidate.shard, []).append(candidate.id)
+        gathered = await self._gather(
             {
-                number: shard.fetch(list(rows[number]), vectors=vectors)
-                for number, shard in shards.items()
-                if shard is not None
+                shard: self._asker.ask(
+                    collection,
+                    shard,
+                    lambda host, until, shard=shard, wanted=wanted: host.fetch(  # type: ignore[misc]
+                        collection, shard, wanted, until, vectors=vectors
+                    ),
+                    deadline,
+                )
+                for shard, wanted in ids.items()
             },
-            _seconds(deadline),
+            deadline,
         )
-        return {
-            document.id: document
-            for number, found in gathered.answers.items()
-            for row, document in found.items()
-            if rows[number].get(row) == document.id
-        }
+        found: dict[str, ShardDocument] = {}
+        for documents in gathered.answers.values():
+            found.update(documents)
+        return found
+
+    async def matching(self, collection: Collection, filter: Any, deadline: Deadline, *, limit: int) -> list[Match]:
+        """See Retriever. The order is that of the shards' numbers, and in each its own."""
+        self._check_open()
+        gathered = await self._gather(
+            {
+                shard: self._asker.ask(
+                    collection,
+                    shard,
+                    lambda host, until, shard=shard: host.matching(  # type: ignore[misc]
+                        collection, shard, filter, until, limit=limit
+                    ),
+                    deadline,
+                )
+                for shard in range(collection.shards)
+            },
+            deadline,
+        )
+        if gathered.failures:
+            shard, failure = min(gathered.failures.items())
+            raise DependencyUnavailable(f"Shard {shard} of {collection.name!r} did not answer: {failure}")
+        if gathered.late:
+            raise DeadlineExceeded(f"Shard {min(gathered.late)} of {collection.name!r} did not answer in time")
+        return [match for _, matches in sorted(gathered.answers.items()) for match in matches][:limit]
+
+    # --- how far the shards are
+
+    def notify(self, collection: Collection, seq: int) -> None:
+        """See Retriever."""
+        if self._closed:
+            return
+        for replica in self._placement.everyone():
+            replica.host.notify(collection, seq)
 
     async def wait_applied(self, collection: Collection, seq: int, deadline: Deadline) -> bool:
-        """Wait until every shard has applied *seq*; False when the deadline, or the collection's end, came first."""
-        follower = await self._follower(collection, deadline)
-        return follower is not None and await follower.wait_applied(seq, _seconds(deadline))
+        """See Retriever. False too where no replica of a shard could say."""
+        self._check_open()
+        gathered = await self._gather(
+            {
+                shard: self._asker.wait_applied(collection, shard, seq, deadline, self._keep)
+                for shard in range(collection.shards)
+            },
+            deadline,
+        )
+        return len(gathered.answers) == collection.shards and all(gathered.answers.values())
 
     async def applied_seq(self, collection: Collection) -> int:
-        """Return the lowest `applied_seq` of the collection's shards."""
-        follower = await self._follower(collection, NO_DEADLINE)
-        return 0 if follower is None else follower.applied_seq
+        """Return the lowest `applied_seq` of the collection's shards, each by its best replica; 0 where none answers."""
+        deadline = Deadline.after(STANDING_PATIENCE_S)
+        best = dict.fromkeys(range(collection.shards), 0)
+        for standings in (await self._standings(collection, deadline, fallback=False)).values():
+            for standing in standings:
+                best[standing.shard] = max(best.get(standing.shard, 0), standing.applied_seq)
+        return min(best.values(), default=0)
+
+    async def standings(self, collection: Collection, deadline: Deadline) -> Mapping[str, Sequence[ShardStanding]]:
+        """See Retriever. The fallback index is among the hosts."""
+        return await self._standings(collection, deadline, fallback=True)
+
+    async def _standings(
+        self, collection: Collection, deadline: Deadline, *, fallback: bool
+    ) -> dict[str, list[ShardStanding]]:
+        everyone = [
+            replica for replica in self._placement.everyone() if fallback or replica is not self._placement.fallback
+        ]
+        calls = {index: replica.host.standings(collection, deadline) for index, replica in enumerate(everyone)}
+        gathered = await self._gather(calls, deadline)
+        return {everyone[index].host.name: standings for index, standings in gathered.answers.items()}
+
+    # --- orders to all hosts
+
+    async def audit(
+        self, collection: Collection, deadline: Deadline, *, repair: bool
+    ) -> Mapping[str, Sequence[AuditReport]]:
+        """See Retriever. A shard on a host that does not answer (in time) is missing."""
+        return await self._on_every_host(
+            collection, lambda host, shard: host.audit(collection, shard, deadline, repair=repair), deadline
+        )
+
+    async def snapshot(self, collection: Collection, deadline: Deadline) -> Mapping[str, Mapping[int, int]]:
+        """See Retriever. A shard on a host that does not answer (in time) is missing."""
+
+        async def numbered(replica: Replica, shard: int) -> tuple[int, int]:
+            return shard, await replica.host.snapshot(collection, shard, deadline)
+
+        made = await self._on_every_host(collection, lambda host, shard: numbered(Replica(host), shard), deadline)
+        return {name: dict(pairs) for name, pairs in made.items()}
 
     async def forget(self, collection: Collection) -> None:
-        """Close and remove the shards of a deleted collection; it is not found from here on."""
-        self._forgotten.add(collection.uuid)
-        closing = asyncio.create_task(self._close(self._followers.pop(collection.uuid, None), collection))
-        self._closings.add(closing)
-        closing.add_done_callback(self._closings.discard)
-        await asyncio.shield(closing)
+        """See Retriever. A host that does not answer finds out by itself."""
+        for replica in self._placement.everyone():
+            replica.forget(collection.uuid)
+        self._asker.forget(collection.uuid)
+        forgetting = [replica.host.forget(collection) for replica in self._placement.everyone()]
+        for outcome in await asyncio.gather(*forgetting, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                _log.warning("host_did_not_forget", collection=collection.name, error=repr(outcome))
 
     async def aclose(self) -> None:
-        """Stop all followers and close all shards; late answers are dropped. Closing twice does no harm."""
+        """Drop late answers; the hosts stay open. Closing twice does no harm."""
         self._closed = True
-        for task in self._asking:
+        asking = list(self._asking)
+        for task in asking:
             task.cancel()
-        while self._followers:
-            _, opening = self._followers.popitem()
-            closing = asyncio.create_task(self._close(opening, None))
-            self._closings.add(closing)
-            closing.add_done_callback(self._closings.discard)
-        await asyncio.shield(asyncio.gather(*self._closings))
-
-    # --- opening and closing
-
-    def _opening(self, collection: Collection) -> asyncio.Task[Follower]:
-        if self._closed:
-            raise NotReady("The shards are closed: the service is shutting down")
-        if collection.uuid in self._forgotten:
-            raise NotFound(f"The collection {collection.name!r} was deleted")
-        opening = self._followers.get(collection.uuid)
-        if opening is None:
-            opening = asyncio.create_task(self._open(collection))
-            opening.add_done_callback(_opened)
-            self._followers[collection.uuid] = opening
-        return opening
-
-    async def _open(self, collection: Collection) -> Follower:
-        follower = Follower(self._ledger, collection, self._make_shard, poll_s=self._poll_s)
-        try:
-            await follower.open()
-        except BaseException:
-            self._followers.pop(collection.uuid, None)
-            raise
-        return follower
-
-    async def _follower(self, collection: Collection, deadline: Deadline) -> Follower | None:
-        """Return the collection's follower, opening it if need be; None when the deadline comes first."""
-        opening = self._opening(collection)
-        if not opening.done():
-            await asyncio.wait({opening}, timeout=_seconds(deadline))
-        return opening.result() if opening.done() else None
-
-    async def _close(self, opening: asyncio.Task[Follower] | None, forgotten: Collection | None) -> None:
-        if opening is not None:
-            await asyncio.wait({opening})
-            if not opening.cancelled() and opening.exception() is None:
-                await opening.result().aclose()
-        if forgotten is not None and self._discard is not None:
-            try:
-                await asyncio.to_thread(self._discard, forgotten)
-            except Exception:
-                _log.warning("shards_not_removed", collection=forgotten.name, exc_info=True)
+        if asking:
+            await asyncio.wait(asking)
 
     # --- asking
 
     async def _statistics(
-        self, follower: Follower, terms: Sequence[str], deadline: Deadline
+        self, collection: Collection, terms: Sequence[str], deadline: Deadline
     ) -> tuple[LexicalStatistics, Mapping[int, str]]:
         """Return the statistics of all shards that gave them in time, and why others failed."""
-        remaining_s = _seconds(deadline)
-        gathered = await self._ask(
-            {slot.number: slot.shard.statistics(terms) for slot in follower.slots if slot.shard is not None},
-            None if remaining_s is None else remaining_s * STATISTICS_SHARE,
-        )
+        remaining_s = deadline.remaining_s()
+        until = deadline if remaining_s == float("inf") else Deadline.after(remaining_s * STATISTICS_SHARE)
+        calls = {
+            shard: self._asker.ask(
+                collection,
+                shard,
+                lambda host, until, shard=shard: host.statistics(collection, shard, terms, until),  # type: ignore[misc]
+                until,
+            )
+            for shard in range(collection.shards)
+        }
+        if all(replica.local for replica in self._placement.everyone()):
+            # Microseconds each, and they do not wait: tasks for them would take longer.
+            gathered = await self._one_by_one(calls)
+        else:
+            gathered = await self._gather(calls, until)
         return sum(gathered.answers.values(), LexicalStatistics(0, {})), gathered.failures
 
-    async def _ask(self, calls: Mapping[int, Coroutine[Any, Any, T]], timeout_s: float | None) -> _Gathered[T]:
+    async def _one_by_one(self, calls: Mapping[int, Coroutine[Any, Any, T]]) -> _Gathered[T]:
+        answers: dict[int, T] = {}
+        failures: dict[int, str] = {}
+        late: set[int] = set()
+        waiting = dict(calls)
+        try:
+            while waiting:
+                number, call = waiting.popitem()
+                try:
+                    answers[number] = await call
+                except (InvalidInput, NotFound):
+                    raise
+                except DeadlineExceeded:
+                    late.add(number)
+                except Exception as error:
+                    failures[number] = describe(error)
+        finally:
+            for call in waiting.values():
+                call.close()
+        return _Gathered(answers, failures, frozenset(late))
+
+    async def _gather(self, calls: Mapping[int, Coroutine[Any, Any, T]], deadline: Deadline) -> _Gathered[T]:
         """Run *calls* side by side: what is late is left to finish, what a cancelled caller asked is cancelled."""
-        tasks = {number: asyncio.create_task(call) for number, call in calls.items()}
-        for task in tasks.values():
-            self._asking.add(task)
-            task.add_done_callback(self._asked)
+        tasks = {number: self._keep(asyncio.create_task(call)) for number, call in calls.items()}
+        remaining_s = deadline.remaining_s()
         try:
             if tasks:
+                timeout_s = None if remaining_s == float("inf") else max(0.0, remaining_s)
                 await asyncio.wait(tasks.values(), timeout=timeout_s)
         except asyncio.CancelledError:
             for task in tasks.values():
@@ -248,26 +311,58 @@ class LocalRetriever:
             raise
         answers: dict[int, T] = {}
         failures: dict[int, str] = {}
+        late: set[int] = set()
         for number, task in tasks.items():
-            if not task.done():
-                continue
-            error = asyncio.CancelledError() if task.cancelled() else task.exception()
-            if isinstance(error, InvalidInput):
+            error = None if not task.done() or task.cancelled() else task.exception()
+            if isinstance(error, InvalidInput | NotFound):
                 raise error
-            if error is None:
-                answers[number] = task.result()
-            else:
+            if not task.done() or isinstance(error, DeadlineExceeded):
+                late.add(number)
+            elif task.cancelled():
+                failures[number] = "it was cancelled"
+            elif error is not None:
                 failures[number] = describe(error)
-        return _Gathered(answers, failures, frozenset(tasks) - answers.keys() - failures.keys())
+            else:
+                answers[number] = task.result()
+        return _Gathered(answers, failures, frozenset(late))
+
+    async def _on_every_host(
+        self, collection: Collection, call: Callable[[Any, int], Coroutine[Any, Any, T]], deadline: Deadline
+    ) -> dict[str, list[T]]:
+        fallback = self._placement.fallback
+        asked = [
+            (replica.host, shard)
+            for shard in range(collection.shards)
+            for replica in [*self._placement.replicas(shard), *([fallback] if fallback is not None else ())]
+        ]
+        calls = {index: call(host, shard) for index, (host, shard) in enumerate(asked)}
+        gathered = await self._gather(calls, deadline)
+        answers: dict[str, list[T]] = {}
+        for index, answer in sorted(gathered.answers.items()):
+            answers.setdefault(asked[index][0].name, []).append(answer)
+        return answers
+
+    def _keep(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
+        self._asking.add(task)
+        task.add_done_callback(self._asked)
+        return task
 
     def _asked(self, task: asyncio.Task[Any]) -> None:
         self._asking.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, InvalidInput):
-            _log.warning("shard_call_failed", exc_info=error)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.debug("shard_call_failed", error=repr(error))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NotReady("The shards are closed: the service is shutting down")
 
 
 def _merge(
-    follower: Follower, gathered: _Gathered[ShardAnswer], failures: Mapping[int, str], timings_ms: dict[str, float]
+    collection: Collection,
+    query: RetrievalQuery,
+    gathered: _Gathered[ShardAnswer],
+    refused: Mapping[int, str],
+    timings_ms: dict[str, float],
 ) -> Retrieved:
     answers = gathered.answers.values()
     for answer in answers:
@@ -275,23 +370,26 @@ def _merge(
             timings_ms[stage] = max(spent, timings_ms.get(stage, 0.0))
     return Retrieved(
         candidates=[candidate for answer in answers for candidate in answer.candidates],
-        total=len(follower.slots),
+        total=collection.shards,
         ok=len(answers),
-        catching_up=sum(follower.catching_up(answer.applied_seq) for answer in answers),
-        failures=failures,
+        catching_up=sum(answer.catching_up for answer in answers),
+        failures={**refused, **gathered.failures},
         timed_out=len(gathered.late),
         as_of=min((answer.applied_seq for answer in answers), default=0),
         timings_ms=timings_ms,
+        fallback=sum(answer.fallback for answer in answers),
+        plans={number: answer.plan for number, answer in gathered.answers.items() if answer.plan is not None},
+        facets=_facets(query, [answer.facets for answer in answers]) if query.facets else {},
     )
 
 
-def _opened(opening: asyncio.Task[Follower]) -> None:
-    """Log why an opening failed, as nobody may be waiting for it."""
-    if not opening.cancelled() and (error := opening.exception()) is not None:
-        _log.warning("collection_not_opened", error=repr(error))
-
-
-def _seconds(deadline: Deadline) -> float | None:
-    """Return the time left as a timeout for asyncio: None for ever, never negative."""
-    remaining_s = deadline.remaining_s()
-    return None if remaining_s == float("inf") else max(0.0, remaining_s)
+def _facets(query: RetrievalQuery, parts: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """Add up the shards' counts and return, for each field, the commonest values first, ties by value."""
+    merged: dict[str, dict[str, int]] = {}
+    for field, limit in query.facets.items():
+        counts: dict[str, int] = {}
+        for part in parts:
+            for value, count in part.get(field, {}).items():
+                counts[value] = counts.get(value, 0) + count
+        merged[field] = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:limit])
+    return merged

@@ -1,0 +1,122 @@
+"""What a search sees of a shard: everything as of one moment, and how it is searched. No method waits or locks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from pyroaring import BitMap
+
+from services.search.filters import Expression
+from services.search.ports import Candidate, LexicalStatistics, ShardAnswer, ShardQuery
+from services.search.shards.attributes import AttributeIndex
+from services.search.shards.ids import IdArena
+from services.search.shards.lexical import LexicalView
+from services.search.shards.vectors import VectorView
+
+
+@dataclass(frozen=True, slots=True)
+class ShardView:
+    """
+    The live rows and the indexes' views as of *applied_seq*.
+
+    *ids* and *attributes* go on growing; what they have beyond *live* is not looked at.
+    """
+
+    number: int
+    applied_seq: int
+    live: BitMap
+    vectors: VectorView
+    lexical: LexicalView
+    ids: IdArena
+    attributes: AttributeIndex
+
+    def statistics(self, terms: Sequence[str]) -> LexicalStatistics:
+        """Return document count and frequencies as BM25 counts them: documents deleted lately may be among them."""
+        return LexicalStatistics(self.lexical.num_docs, self.lexical.doc_freq(terms))
+
+    def allowed(self, expression: Expression | None) -> BitMap:
+        """Return the live rows that match a filter."""
+        return self.live if expression is None else self.attributes.resolve(expression, self.live)
+
+    def search(self, query: ShardQuery) -> ShardAnswer:
+        """Return the best candidates of each retriever that *query* has a part for."""
+        moments = [perf_counter()]
+        estimated = None
+        if query.explain and query.filter is not None:
+            estimated = self.attributes.estimate(query.filter, self.live)
+        allowed = self.allowed(query.filter)
+        moments.append(perf_counter())
+        rows: list[int] = []
+        vector_plan: dict[str, Any] | None = None
+        if query.vector is not None:
+            answer = self.vectors.search(query.vector, query.limit, allowed, exact=query.exact)
+            rows, vector_plan = answer.rows.tolist(), answer.plan
+        moments.append(perf_counter())
+        bm25 = self._lexical(query, allowed)
+        moments.append(perf_counter())
+        candidates = self._candidates(query, list(dict.fromkeys([*rows, *bm25])), bm25)
+        moments.append(perf_counter())
+        facets = self._facets(query, allowed) if query.facets else {}
+        moments.append(perf_counter())
+        stages = ("filter", "dense", "lexical", "score", "facets")
+        timings_ms = {
+            stage: (stop - start) * 1e3 for stage, start, stop in zip(stages, moments, moments[1:], strict=False)
+        }
+        plan = self._plan(query, allowed, estimated, vector_plan, len(bm25)) if query.explain else None
+        return ShardAnswer(self.number, self.applied_seq, candidates, timings_ms, plan, facets)
+
+    def _lexical(self, query: ShardQuery, allowed: BitMap) -> dict[int, float]:
+        if not query.terms:
+            return {}
+        return dict(
+            self.lexical.search(
+                query.terms,
+                query.limit,
+                statistics=query.statistics,
+                allowed=allowed,
+                match=query.match,
+                prefix=query.prefix,
+            )
+        )
+
+    def _candidates(self, query: ShardQuery, rows: list[int], bm25: dict[int, float]) -> list[Candidate]:
+        """Return *rows* as candidates, each with its exact dense score whenever the query has a vector."""
+        scores: list[float | None] = [None] * len(rows)
+        if query.vector is not None and rows:
+            scores = self.vectors.score(query.vector, np.array(rows, np.int64)).tolist()
+        return [
+            Candidate(id, self.number, row, score, bm25.get(row))
+            for row, id, score in zip(rows, self.ids.get(rows), scores, strict=True)
+        ]
+
+    def _facets(self, query: ShardQuery, allowed: BitMap) -> dict[str, dict[str, int]]:
+        counted = allowed
+        if query.terms:
+            counted = allowed & self.lexical.matching(query.terms, query.match, query.prefix)
+        return {field: self.attributes.counts(field, counted, limit) for field, limit in query.facets.items()}
+
+    def _plan(
+        self,
+        query: ShardQuery,
+        allowed: BitMap,
+        estimated: float | None,
+        vector_plan: dict[str, Any] | None,
+        found: int,
+    ) -> dict[str, Any]:
+        """Return how the query was answered; *estimated* is how many rows the filter was thought to match."""
+        live = len(self.live)
+        plan: dict[str, Any] = {
+            "filter": {
+                "estimated": float(live) if estimated is None else estimated,
+                "matched": len(allowed),
+                "selectivity": len(allowed) / live if live else 0.0,
+                "live": live,
+            }
+        }
+        if vector_plan is not None:
+            plan["vectors"] = vector_plan
+        if query.terms:
+            plan["lexical"] = {"match": query.match, "prefix": query.prefix, "terms": len(query.terms), "found": found}
+        return plan
