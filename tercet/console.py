@@ -1,5 +1,6 @@
 """How the command line looks: lines, progress and answers, on a terminal and in a file alike."""
 
+import json
 import sys
 import time
 from types import TracebackType
@@ -10,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from services.common.wire.search import Hit, SearchReply
+from services.common.wire.search import Explanation, HighlightReply, Hit, SearchReply
 from tercet.supervision import Event, describe_exit
 
 _PLAIN_WIDTH = 120
@@ -105,6 +106,8 @@ def say_reply(reply: SearchReply) -> None:
     if reply.degraded or reply.coverage.ratio < 1:
         reasons = ", ".join(reply.degraded) or "part of the collection"
         say(f"degraded: {reasons} ({reply.coverage.ratio:.0%} of the collection searched)", "yellow")
+    if reply.explain is not None:
+        _say_explanation(reply.explain)
     timings = " · ".join(f"{stage.removesuffix('_ms')} {ms:.1f} ms" for stage, ms in reply.timings_ms.items())
     say(f"timings: {timings}", "dim")
 
@@ -118,16 +121,45 @@ def _say_hit(rank: int, hit: Hit) -> None:
     stages = {name: score for name, score in hit.stages.model_dump().items() if score is not None}
     scores = " · ".join([one_line(hit.id)] + [f"{name} {score:.3f}" for name, score in stages.items()])
     say(f"    {scores}", "dim")
-    passage = one_line(hit.text or "").removeprefix(title).strip()
-    if passage:
-        line = Text(f"    {passage}")
+    if hit.highlights:
+        line = Text("    ").append(_marked(hit.highlights[0]))
+    else:
+        line = Text(f"    {one_line(hit.text or '').removeprefix(title).strip()}")
+    if line.plain.strip():
         line.truncate(max(width, 40), overflow="ellipsis")
         out.print(line, soft_wrap=True)
 
 
+def _marked(highlight: HighlightReply) -> Text:
+    """Return the passage on one line with its marks in bold."""
+    line, at = Text(), 0
+    for start, end in sorted(highlight.marks):
+        line.append(_printable(highlight.text[at:start])).append(_printable(highlight.text[start:end]), style="bold")
+        at = end
+    return line.append(_printable(highlight.text[at:]))
+
+
+def _say_explanation(explanation: Explanation) -> None:
+    counts = " · ".join(f"{name} {count}" for name, count in explanation.candidates.model_dump().items())
+    say(f"candidates: {counts}", "dim")
+    if explanation.fusion is not None:
+        weights = explanation.fusion
+        say(
+            f"fusion: {weights.method}, dense {weights.dense:g}, bm25 {weights.bm25:g} "
+            f"(confidence {weights.bm25_confidence:g})",
+            "dim",
+        )
+    for each in explanation.shards:
+        say(f"shard {each.shard}: {one_line(json.dumps(each.plan, ensure_ascii=False))}", "dim")
+
+
 def one_line(text: str) -> str:
     """Return *text* on one line without characters that a terminal would act upon."""
-    return "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
+    return _printable(" ".join(text.split()))
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def say_event(event: Event) -> None:

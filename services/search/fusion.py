@@ -37,23 +37,29 @@ def bm25_ceiling(terms: Sequence[str], statistics: LexicalStatistics | None) -> 
     return total * (BM25_K1 + 1)
 
 
+def bm25_confidence(candidates: Sequence[Candidate], ceiling: float) -> float:
+    """Return how near the best BM25 score comes to *ceiling* (`bm25_ceiling`), at most 1; 1 where that is unknown."""
+    if ceiling <= 0:
+        return 1.0
+    return min(1.0, max((c.bm25 for c in candidates if c.bm25 is not None), default=0.0) / ceiling)
+
+
 def fuse(candidates: Sequence[Candidate], *, method: Fusion, dense_weight: float, ceiling: float = 0.0) -> list[Ranked]:
     """
     Return *candidates*, the union of all shards' and both retrievers', best first; equal scores by id.
 
-    `standardized`: each retriever's scores are standardised over the union (mean 0, deviation 1; a candidate that BM25
-    did not find counts with the lowest BM25 score seen) and added, *dense_weight* against the rest. Standardising makes
-    the best of many poor word matches look as sure as a perfect one; so BM25's part is also scaled by how near its best
-    score comes to *ceiling* (`bm25_ceiling`; 0 leaves it as it is). `rrf`: reciprocal rank fusion (Cormack et al., SIGIR
-    2009, k = 60). Where only one retriever ran, its own score is the order.
+    `standardized`: each retriever's scores are standardised over the union (mean 0, deviation 1; a candidate without
+    one of them counts with the lowest one seen, whatever the metric) and added, *dense_weight* against the rest.
+    Standardising makes the best of many poor word matches look as sure as a perfect one; so BM25's part is also scaled by
+    its confidence (`bm25_confidence`; a *ceiling* of 0 leaves it as it is). `rrf`: reciprocal rank fusion (Cormack et
+    al., SIGIR 2009, k = 60). Where only one retriever ran, its own score is the order.
     """
-    dense = [candidate.dense for candidate in candidates]
-    found = [candidate.bm25 for candidate in candidates if candidate.bm25 is not None]
-    if not any(score is not None for score in dense):
-        return _ordered(candidates, [candidate.bm25 or 0.0 for candidate in candidates], "bm25")
-    known = [score if score is not None else -1.0 for score in dense]
-    if not found:
-        return _ordered(candidates, known, "dense")
+    dense = _filled([candidate.dense for candidate in candidates])
+    lexical = _filled([candidate.bm25 for candidate in candidates])
+    if dense is None:
+        return _ordered(candidates, lexical or [0.0] * len(candidates), "bm25")
+    if lexical is None:
+        return _ordered(candidates, dense, "dense")
     if method == "rrf":
         by_dense = _ranks(candidates, lambda candidate: candidate.dense)
         by_bm25 = _ranks(candidates, lambda candidate: candidate.bm25)
@@ -61,11 +67,8 @@ def fuse(candidates: Sequence[Candidate], *, method: Fusion, dense_weight: float
             sum(1.0 / (RRF_K + ranks[c.id]) for ranks in (by_dense, by_bm25) if c.id in ranks) for c in candidates
         ]
         return _ordered(candidates, scores, "fused")
-    lowest = min(found)
-    lexical = [candidate.bm25 if candidate.bm25 is not None else lowest for candidate in candidates]
-    confidence = min(1.0, max(found) / ceiling) if ceiling > 0 else 1.0
-    bm25_weight = (1.0 - dense_weight) * confidence
-    pairs = zip(standardize(known), standardize(lexical), strict=True)
+    bm25_weight = (1.0 - dense_weight) * bm25_confidence(candidates, ceiling)
+    pairs = zip(standardize(dense), standardize(lexical), strict=True)
     return _ordered(candidates, [dense_weight * d + bm25_weight * b for d, b in pairs], "fused")
 
 
@@ -99,10 +102,19 @@ def standardize(scores: Sequence[float]) -> list[float]:
     return [(score - mean) / deviation for score in scores]
 
 
+def _filled(scores: Sequence[float | None]) -> list[float] | None:
+    """Return *scores* with the lowest one where there is none; None where there are none at all."""
+    lowest = min((score for score in scores if score is not None), default=None)
+    return None if lowest is None else [lowest if score is None else score for score in scores]
+
+
 def _ordered(candidates: Sequence[Candidate], scores: Sequence[float], kind: ScoreKind) -> list[Ranked]:
-    ranked = [Ranked(c, score, score, kind) for c, score in zip(candidates, scores, strict=True)]
-    ranked.sort(key=lambda entry: (-entry.score, entry.candidate.id))
-    return ranked
+    order = sorted(zip(scores, candidates, strict=True), key=_best_first)
+    return [Ranked(candidate, score, score, kind) for score, candidate in order]
+
+
+def _best_first(scored: tuple[float, Candidate]) -> tuple[float, str]:
+    return -scored[0], scored[1].id
 
 
 def _ranks(candidates: Sequence[Candidate], score: Callable[[Candidate], float | None]) -> dict[str, int]:

@@ -1,54 +1,47 @@
-"""The read path: cache → embed → retrieve → fuse → rerank, with a step down, and its name in the reply, for each failure."""
+"""The read path: cache → embed → retrieve → fuse → rerank → choose, with a step down, and its name, for each failure."""
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
-
-import orjson
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 from services.common.deadline import Deadline
-from services.common.errors import DeadlineExceeded, DependencyUnavailable, InvalidInput, TercetError
-from services.common.tracing import span
-from services.common.wire.search import (
-    CacheReply,
-    Coverage,
-    Degradation,
-    Hit,
-    Mode,
-    PipelineReply,
-    SearchReply,
-    SearchRequest,
-    ShardCoverage,
-    ShardFailure,
-    StageScores,
+from services.common.errors import (
+    Conflict,
+    DeadlineExceeded,
+    DependencyUnavailable,
+    InvalidInput,
+    NotFound,
+    TercetError,
+    Unavailable,
 )
+from services.common.wire.search import FusionWeights, LexicalOptions, SearchReply, SearchRequest
+from services.search.answering import Reader, choose, compose, write_hits
 from services.search.catalog import OWN_VECTORS, Catalog
-from services.search.documents import model_text
+from services.search.documents import model_text, own_vector
 from services.search.filters import parse_filter
-from services.search.fusion import Ranked, blend, bm25_ceiling, fuse
-from services.search.indexing import check_fingerprint, unit_vector
+from services.search.fusion import Ranked, blend, bm25_ceiling, bm25_confidence, fuse
+from services.search.indexing import check_fingerprint
+from services.search.kept_answers import KeptAnswers
+from services.search.kinds import kind_of
 from services.search.ports import (
-    CacheEntry,
-    Collection,
     EmbeddingClient,
+    Highlighter,
     Ledger,
     RerankClient,
     ResultCache,
     RetrievalQuery,
     Retrieved,
     Retriever,
-    ShardDocument,
     Vector,
 )
+from services.search.run import Observe, Run
+from services.search.selection import at_least
 
 # Shares of the time that is left: a stage that uses all of its own leaves enough for the step down after it.
 EMBED_SHARE = 0.5
 RETRIEVE_SHARE = 0.8
 FINISH_S = 0.03  # Kept back after reranking to fetch and write the hits.
-
-Observe = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,35 +52,6 @@ class PipelineOptions:
     rerank_candidates: int
     dense_weight: float
     rerank_blend: float
-
-
-@dataclass(slots=True)
-class _Run:
-    """One search under way: what was found out so far."""
-
-    request: SearchRequest
-    collection: Collection
-    deadline: Deadline
-    observe: Observe
-    degraded: list[Degradation] = field(default_factory=list)
-    timings_ms: dict[str, float] = field(default_factory=dict)
-    mode: Mode = "hybrid"
-    reranked_by: str | None = None
-
-    def degrade(self, reason: Degradation) -> None:
-        if reason not in self.degraded:
-            self.degraded.append(reason)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            with span(f"search.{stage}"):
-                yield
-        finally:
-            seconds = time.perf_counter() - started
-            self.timings_ms[stage] = round(seconds * 1000, 3)
-            self.observe(stage, seconds)
 
 
 class SearchPipeline:
@@ -103,6 +67,7 @@ class SearchPipeline:
         cache: ResultCache,
         options: PipelineOptions,
         *,
+        highlighter: Highlighter,
         observe: Observe = lambda _stage, _seconds: None,
     ) -> None:
         self._catalog = catalog
@@ -110,117 +75,113 @@ class SearchPipeline:
         self._retriever = retriever
         self._embedding = embedding
         self._rerank = rerank
-        self._cache = cache
+        self._kept = KeptAnswers(cache, astuple(options))
         self._options = options
+        self._highlighter = highlighter
         self._observe = observe
 
     async def search(self, request: SearchRequest, deadline: Deadline, *, request_id: str | None = None) -> SearchReply:
         """
         Answer *request* before *deadline*, stepping down where a part fails; `degraded` names each step.
 
+        The ledger's database is asked only for a `min_seq` that this process has not heard of.
+
         Raises:
             NotFound: There is no such collection.
-            InvalidInput: The filter or the vector is wrong for the collection.
+            InvalidInput: The filter, a facet or the vector is wrong for the collection.
             Conflict: The embedding service's model is not the collection's.
             DependencyUnavailable, DeadlineExceeded: No shard answered.
         """
         started = time.perf_counter()
         collection = await self._catalog.get(request.collection)
-        run = _Run(request, collection, deadline, self._observe, mode=request.mode)
-        condition = parse_filter(request.filter)
-        vector = None
-        if request.query_vector is not None:
-            vector = unit_vector(request.query_vector, collection.dim, "query_vector")
-        elif request.mode != "lexical" and collection.fingerprint == OWN_VECTORS:
-            raise InvalidInput(
-                "query_vector: is required, since this collection has no model, or mode: lexical", param="query_vector"
-            )
-        state = await self._ledger.state(collection.uuid)
-        await self._wait_for(run, state.seq)
-        key = _cache_key(collection, request, self._options)
-        if request.cache:
-            cached = await self._from_cache(run, key, state.seq)
-            if cached is not None:
-                cached_ms = round((time.perf_counter() - started) * 1000, 3)
-                return cached.model_copy(update={"request_id": request_id, "timings_ms": {"total": cached_ms}})
+        run = Run(request, collection, deadline, self._observe, request.mode)
+        condition, vector = _understood(run)
+        run.seq = self._ledger.heard_seq(collection.uuid)
+        await self._wait_for(run)
+        key = self._kept.key(run)
+        if key is not None:
+            kept = await self._kept.find(run, key)
+            if kept is not None:
+                kept_ms = round((time.perf_counter() - started) * 1000, 3)
+                return kept.model_copy(update={"request_id": request_id, "timings_ms": {"total": kept_ms}})
         if vector is None and request.mode != "lexical":
             vector = await self._embed(run)
         retrieved = await self._retrieve(run, vector, condition)
-        ranked = fuse(
-            retrieved.candidates,
-            method=request.fusion,
-            dense_weight=self._options.dense_weight,
-            ceiling=bm25_ceiling(retrieved.terms, retrieved.statistics),
-        )
-        documents: dict[str, ShardDocument] = {}
+        with run.timed("fuse"):
+            ranked, weights = self._fused(run, retrieved)
+        reader = Reader(run, self._retriever)
         if request.rerank and request.query is not None and ranked:
-            ranked, documents = await self._reranked(run, ranked)
-        hits = await self._hits(run, ranked, documents)
+            ranked = await self._reranked(run, ranked, reader)
+        page = await choose(run, ranked, reader)
+        hits = await write_hits(run, page, reader, self._highlighter, retrieved.terms)
         total = time.perf_counter() - started
         self._observe("total", total)
         run.timings_ms["total"] = round(total * 1000, 3)
-        reply = _reply(run, hits, retrieved, request_id)
-        if request.cache and not run.degraded and retrieved.as_of >= state.seq:
-            body = orjson.dumps(reply.model_dump(exclude_none=True))
-            await self._cache.put(key, CacheEntry(retrieved.as_of, time.time(), body))
+        reply = compose(run, hits, retrieved, weights, request_id)
+        if key is not None:
+            await self._kept.keep(run, key, reply)
         return reply
 
-    async def _wait_for(self, run: _Run, ledger_seq: int) -> None:
+    async def _wait_for(self, run: Run) -> None:
         """Wait for the operation the caller wants to see; the time it takes comes out of the search's own."""
-        if run.request.min_seq is None:
+        min_seq = run.request.min_seq
+        if min_seq is None:
             return
-        if run.request.min_seq > ledger_seq:
-            raise InvalidInput(
-                f"min_seq: {run.request.min_seq} is after the last operation, {ledger_seq}", param="min_seq"
-            )
-        patience = run.deadline.at_most(run.deadline.remaining_s() * EMBED_SHARE)
+        if min_seq > run.seq:
+            try:
+                run.seq = max(run.seq, (await self._ledger.state(run.collection.uuid)).seq)
+            except Unavailable:  # Then whether there is such an operation is for the shards to find out.
+                pass
+            else:
+                if min_seq > run.seq:
+                    raise InvalidInput(f"min_seq: {min_seq} is after the last operation, {run.seq}", param="min_seq")
         with run.timed("wait"):
-            if not await self._retriever.wait_applied(run.collection, run.request.min_seq, patience):
+            if not await self._retriever.wait_applied(run.collection, min_seq, run.patience(EMBED_SHARE)):
                 run.degrade("catching_up")
+        run.seq = max(run.seq, min_seq)
 
-    async def _from_cache(self, run: _Run, key: str, ledger_seq: int) -> SearchReply | None:
-        with run.timed("cache"):
-            entry = await self._cache.get(key)
-        if not self._cache.available:
-            run.degrade("cache_unavailable")
-        if entry is None or entry.as_of < ledger_seq:
-            return None
-        try:
-            reply = SearchReply.model_validate(orjson.loads(entry.body))
-        except ValueError:  # Another version of this program wrote it.
-            return None
-        age_ms = max(0, int((time.time() - entry.created_at) * 1000))
-        return reply.model_copy(update={"cache": CacheReply(hit=True, age_ms=age_ms)})
-
-    async def _embed(self, run: _Run) -> Vector | None:
+    async def _embed(self, run: Run) -> Vector | None:
         """Return the query's vector, or None, the mode now lexical, when the embedding service cannot give it in time."""
         assert run.request.query is not None, "the request's validation demands a query here"
+        collection, patience = run.collection, run.patience(EMBED_SHARE)
         try:
             with run.timed("embed"):
-                patience = run.deadline.at_most(run.deadline.remaining_s() * EMBED_SHARE)
-                made = await self._embedding.embed_query(run.request.query, patience)
+                try:
+                    made = await self._embedding.embed_query(run.request.query, patience, model=collection.model)
+                except NotFound:  # What the service runs instead may be the same model by another name.
+                    other = await self._embedding.model(patience)
+                    check_fingerprint(collection, other.fingerprint)
+                    made = await self._embedding.embed_query(run.request.query, patience, model=other.name)
+        except Conflict:
+            raise
         except DeadlineExceeded:
             run.degrade("embedding_late")
         except TercetError:
             run.degrade("embedding_unavailable")
         else:
-            check_fingerprint(run.collection, made.model.fingerprint)
+            check_fingerprint(collection, made.model.fingerprint)
             row: Vector = made.vectors[0]
             return row
         run.mode = "lexical"
         return None
 
-    async def _retrieve(self, run: _Run, vector: Vector | None, condition: object) -> Retrieved:
+    async def _retrieve(self, run: Run, vector: Vector | None, condition: Any) -> Retrieved:
         request = run.request
+        words = request.lexical or LexicalOptions()
         query = RetrievalQuery(
             limit=max(request.candidates or self._options.candidates, request.offset + request.k),
             vector=vector if run.mode != "lexical" else None,
             text=request.query if run.mode != "dense" else None,
             filter=condition,
+            match=words.match,
+            prefix=words.prefix,
+            stop_words=words.stop_words,
+            exact=request.exact,
+            explain=request.explain,
+            facets=request.facets,
         )
         with run.timed("retrieve"):
-            patience = run.deadline.at_most(run.deadline.remaining_s() * RETRIEVE_SHARE)
-            retrieved = await self._retriever.retrieve(run.collection, query, patience)
+            retrieved = await self._retriever.retrieve(run.collection, query, run.patience(RETRIEVE_SHARE))
         run.timings_ms |= {stage: round(ms, 3) for stage, ms in retrieved.timings_ms.items()}
         if retrieved.ok == 0 and retrieved.total > 0:
             if retrieved.timed_out:
@@ -228,24 +189,49 @@ class SearchPipeline:
             raise DependencyUnavailable("No shard of the collection can answer now", retry_after_s=1.0)
         if retrieved.ok < retrieved.total or retrieved.failures:
             run.degrade("shards_partial")
+        if retrieved.fallback:
+            run.degrade("fallback_index")
         if retrieved.catching_up:
             run.degrade("catching_up")
         return retrieved
 
-    async def _reranked(self, run: _Run, ranked: list[Ranked]) -> tuple[list[Ranked], dict[str, ShardDocument]]:
-        """Return the last order and the documents read on the way; the fused order when the reranker cannot help in time."""
+    def _fused(self, run: Run, retrieved: Retrieved) -> tuple[list[Ranked], FusionWeights | None]:
+        """Return the order of retrieval, above a threshold on its scores, and the weights where two lists became one."""
+        candidates, method = retrieved.candidates, run.request.fusion
+        dense_weight = self._options.dense_weight
+        ceiling = bm25_ceiling(retrieved.terms, retrieved.statistics)
+        ranked = fuse(candidates, method=method, dense_weight=dense_weight, ceiling=ceiling)
+        weights = None
+        if run.request.explain and ranked and ranked[0].score_kind == "fused":
+            confidence = 1.0 if method == "rrf" else bm25_confidence(candidates, ceiling)
+            shares = (1.0, 1.0) if method == "rrf" else (dense_weight, (1.0 - dense_weight) * confidence)
+            weights = FusionWeights(
+                method=method, dense=shares[0], bm25=round(shares[1], 6), bm25_confidence=round(confidence, 6)
+            )
+        threshold = run.request.min_score
+        if (
+            threshold is not None
+            and threshold.kind != "rerank"
+            and not (threshold.kind == "dense" and run.mode == "lexical")
+        ):
+            ranked = _above(run, ranked)
+        return ranked, weights
+
+    async def _reranked(self, run: Run, ranked: list[Ranked], reader: Reader) -> list[Ranked]:
+        """Return the last order, above a threshold on its score; the fused order when the reranker cannot help in time."""
         first = ranked[: run.request.rerank_candidates or self._options.rerank_candidates]
-        with run.timed("fetch"):
-            candidates = [entry.candidate for entry in first]
-            documents = await self._retriever.fetch(run.collection, candidates, run.deadline)
+        documents = await reader.read(first, "fetch")
         there = [entry for entry in first if entry.candidate.id in documents]
         texts = [model_text(d.title, d.text) for d in (documents[entry.candidate.id] for entry in there)]
         scores = await self._scores(run, texts) if texts else []
         if not any(score is not None for score in scores):
-            return ranked, documents
-        return blend([*there, *ranked[len(first) :]], scores, weight=self._options.rerank_blend), documents
+            return ranked
+        run.reranked = sum(score is not None for score in scores)
+        last = blend([*there, *ranked[len(first) :]], scores, weight=self._options.rerank_blend)
+        threshold = run.request.min_score
+        return _above(run, last) if threshold is not None and threshold.kind == "rerank" else last
 
-    async def _scores(self, run: _Run, texts: Sequence[str]) -> Sequence[float | None]:
+    async def _scores(self, run: Run, texts: Sequence[str]) -> Sequence[float | None]:
         """Return what the reranker made of *texts* in time; nothing, with the reason noted, if it made nothing."""
         assert run.request.query is not None, "the caller saw to it"
         try:
@@ -266,75 +252,25 @@ class SearchPipeline:
         run.reranked_by = scored.model
         return scored.scores
 
-    async def _hits(self, run: _Run, ranked: Sequence[Ranked], documents: dict[str, ShardDocument]) -> list[Hit]:
-        include = run.request.include
-        page = ranked[run.request.offset : run.request.offset + run.request.k]
-        missing = [entry.candidate for entry in page if "vector" in include or entry.candidate.id not in documents]
-        if missing:
-            with run.timed("fetch_hits"):
-                fetched = await self._retriever.fetch(
-                    run.collection, missing, run.deadline, vectors="vector" in include
-                )
-            documents = {**documents, **fetched}
-        hits = []
-        for entry in page:
-            document = documents.get(entry.candidate.id)
-            if document is None:  # Replaced or deleted since it was found.
-                continue
-            hits.append(
-                Hit(
-                    id=document.id,
-                    score=round(entry.score, 6),
-                    score_kind=entry.score_kind,
-                    title=document.title,
-                    text=document.text if "text" in include else None,
-                    metadata=dict(document.metadata) if "metadata" in include else None,
-                    vector=document.vector.tolist() if document.vector is not None and "vector" in include else None,
-                    stages=_stages(entry),
-                )
-            )
-        return hits
+
+def _understood(run: Run) -> tuple[Any, Vector | None]:
+    """Return the parsed filter and the caller's own vector. Raises InvalidInput for what the collection cannot answer."""
+    request, collection = run.request, run.collection
+    for name in request.facets:
+        kind_of(name, collection.attributes, f"facets.{name}")
+    condition = parse_filter(request.filter, collection.attributes)
+    if request.query_vector is not None:
+        return condition, own_vector(request.query_vector, collection.dim, collection.metric, "query_vector")
+    if request.mode != "lexical" and collection.fingerprint == OWN_VECTORS:
+        raise InvalidInput(
+            "query_vector: is required, since this collection has no model, or mode: lexical", param="query_vector"
+        )
+    return condition, None
 
 
-def _stages(entry: Ranked) -> StageScores:
-    def rounded(score: float | None) -> float | None:
-        return None if score is None else round(score, 6)
-
-    return StageScores(
-        dense=rounded(entry.candidate.dense),
-        bm25=rounded(entry.candidate.bm25),
-        fused=rounded(entry.fused),
-        rerank=rounded(entry.rerank),
-    )
-
-
-def _reply(run: _Run, hits: list[Hit], retrieved: Retrieved, request_id: str | None) -> SearchReply:
-    return SearchReply(
-        collection=run.collection.name,
-        hits=hits,
-        coverage=Coverage(
-            ratio=round(retrieved.ok / retrieved.total, 4) if retrieved.total else 1.0,
-            shards=ShardCoverage(
-                total=retrieved.total,
-                ok=retrieved.ok,
-                timed_out=retrieved.timed_out,
-                failed=len(retrieved.failures),
-                catching_up=retrieved.catching_up,
-            ),
-            failures=[ShardFailure(shard=shard, reason=reason) for shard, reason in retrieved.failures.items()],
-        ),
-        degraded=run.degraded,
-        pipeline=PipelineReply(retrieval=run.mode, rerank=run.reranked_by),
-        cache=CacheReply(hit=False),
-        as_of=retrieved.as_of,
-        timings_ms=run.timings_ms,
-        request_id=request_id,
-    )
-
-
-def _cache_key(collection: Collection, request: SearchRequest, options: PipelineOptions) -> str:
-    """Identify all that decides the answer but the collection's contents, which the entry's `as_of` stands for."""
-    asked = request.model_dump(exclude={"collection", "timeout_ms", "min_seq", "cache"})
-    asked["include"] = sorted(asked["include"])
-    parts = [collection.uuid, collection.fingerprint, asked, astuple(options)]
-    return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=20).hexdigest()
+def _above(run: Run, ranked: list[Ranked]) -> list[Ranked]:
+    """Return what reaches the request's threshold, counting what does not."""
+    assert run.request.min_score is not None, "the caller saw to it"
+    kept = at_least(ranked, run.request.min_score.kind, run.request.min_score.value)
+    run.below_min_score += len(ranked) - len(kept)
+    return kept

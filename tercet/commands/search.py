@@ -19,15 +19,32 @@ def search(
     mode: Annotated[Mode, typer.Option(help="How candidates are found.")] = "hybrid",
     rerank: Annotated[bool, typer.Option("--rerank/--no-rerank", help="Score the best candidates again.")] = True,
     filter: Annotated[str | None, typer.Option(help="""Conditions as JSON: '{"lang": {"$in": ["en"]}}'.""")] = None,
+    group_by: Annotated[str | None, typer.Option(help="A metadata field: one answer for each of its values.")] = None,
+    diversity: Annotated[
+        float, typer.Option(help="How much answers should differ: 0 by relevance, 1 by novelty.", min=0, max=1)
+    ] = 0.0,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare with every vector.")] = False,
+    highlight: Annotated[bool, typer.Option("--highlight", help="Show the best passage, the words marked.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show how each shard searched.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the service's reply as JSON.")] = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
     """Search a collection."""
-    fields: dict[str, Any] = {"query": query, "collection": collection, "k": k, "mode": mode, "rerank": rerank}
-    asyncio.run(
-        _search({**fields, "filter": _parse_filter(filter)}, TercetClient(resolve_url(url), api_key=api_key), as_json)
-    )
+    fields: dict[str, Any] = {
+        "query": query,
+        "collection": collection,
+        "k": k,
+        "mode": mode,
+        "rerank": rerank,
+        "filter": parse_filter(filter),
+        "group_by": group_by,
+        "diversity": diversity or None,
+        "exact": exact or None,
+        "include": ["text", "metadata", "highlights"] if highlight else None,
+        "explain": explain or None,
+    }
+    asyncio.run(_search(fields, TercetClient(resolve_url(url), api_key=api_key), as_json))
 
 
 async def _search(fields: dict[str, Any], client: TercetClient, as_json: bool) -> None:
@@ -39,7 +56,8 @@ async def _search(fields: dict[str, Any], client: TercetClient, as_json: bool) -
         say_reply(reply)
 
 
-def _parse_filter(text: str | None) -> dict[str, Any] | None:
+def parse_filter(text: str | None) -> dict[str, Any] | None:
+    """Return the option --filter as a filter. Raises BadParameter for what is no JSON object."""
     if text is None:
         return None
     try:

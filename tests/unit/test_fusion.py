@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from services.search.fusion import Ranked, blend, bm25_ceiling, fuse, standardize
+from services.search.fusion import Ranked, blend, bm25_ceiling, bm25_confidence, fuse, standardize
 from services.search.ports import Candidate, LexicalStatistics
 
 
@@ -120,6 +120,22 @@ def test_equal_scores_go_by_id(method):
     """Ties are broken by id, whatever order the shards answered in."""
     found = [candidate(id_, 0.5, 3.0) for id_ in "dacb"]
     assert ids(fuse(found, method=method, dense_weight=0.6)) == ["a", "b", "c", "d"]
+
+
+def test_the_confidence_by_hand():
+    """It is the best BM25 score's share of the ceiling, never above 1, and 1 where no ceiling is known."""
+    found = [candidate("a", 0.9, 3.0), candidate("b", 0.8)]
+    assert [bm25_confidence(found, ceiling) for ceiling in (0.0, 2.0, 12.0)] == [1.0, 1.0, 0.25]
+    assert bm25_confidence([candidate("b", 0.8)], 12.0) == 0.0
+
+
+@pytest.mark.parametrize("scores_of", [(-40.0, -900.0), (900.0, 40.0), (0.9, -0.5)], ids=["l2", "dot", "cosine"])
+@pytest.mark.parametrize("bm25", [None, 3.0])
+def test_a_missing_dense_score_is_never_the_best(scores_of, bm25):
+    """Whatever range the metric has, a candidate without a dense score counts with the lowest one seen."""
+    near, far = scores_of
+    found = [candidate("far", far, bm25), candidate("near", near, bm25), candidate("none", None, bm25)]
+    assert ids(fuse(found, method="standardized", dense_weight=0.6)) == ["near", "far", "none"]
 
 
 def rows(values: list[tuple[int, int | None]]) -> list[Candidate]:

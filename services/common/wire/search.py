@@ -2,22 +2,36 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from services.common.wire.base import (
     CollectionName,
+    MetadataKey,
     QueryText,
     ReplyModel,
     RequestModel,
     Vector,
 )
 from services.common.wire.collections import CollectionReply
+from services.common.wire.errors import ErrorBody
 
 MAX_K = 1000
+MAX_DEPTH = 10_000
+MAX_SEARCHES = 100
+MAX_FACETS = 16
 Mode = Literal["hybrid", "dense", "lexical"]
 Fusion = Literal["standardized", "rrf"]
 ScoreKind = Literal["blended", "fused", "dense", "bm25"]
+Threshold = Literal["dense", "bm25", "fused", "rerank"]
+Include = Literal["text", "metadata", "vector", "highlights"]
 Degradation = Literal[
     "embedding_unavailable",
     "embedding_late",
@@ -25,9 +39,36 @@ Degradation = Literal[
     "rerank_late",
     "rerank_partial",
     "shards_partial",
+    "fallback_index",
     "catching_up",
     "cache_unavailable",
 ]
+
+
+class LexicalOptions(RequestModel):
+    """
+    How words must match: any of them, all, or all in this order (`phrase`).
+
+    With *prefix* the last word also stands for every word that begins with it. *stop_words* False leaves the language's
+    commonest words out of the question, unless it has no others.
+    """
+
+    match: Literal["any", "all", "phrase"] = "any"
+    prefix: bool = False
+    stop_words: bool = True
+
+
+class MinScore(RequestModel):
+    """
+    Leaves out hits whose score of one *kind*, as `stages` has it, is below *value*, and hits that have no such score.
+
+    `dense` (cosine, inner product, or negative squared distance) and `rerank` (0 to 1) compare between searches; `bm25`
+    between searches for the same words; `fused` orders one answer only. Where the stage could not run, which `degraded`
+    says, nothing is left out for it.
+    """
+
+    kind: Threshold
+    value: FiniteFloat
 
 
 class SearchRequest(RequestModel):
@@ -42,10 +83,12 @@ class SearchRequest(RequestModel):
     query_vector: Vector | None = None
     collection: CollectionName | None = Field(default=None, description="The default collection when left out.")
     k: Annotated[int, Field(ge=1, le=MAX_K)] = 10
-    offset: Annotated[int, Field(ge=0, le=9000)] = 0
+    offset: Annotated[int, Field(ge=0)] = Field(default=0, description="offset + k may be up to 10,000.")
     mode: Mode = "hybrid"
     fusion: Fusion = "standardized"
     filter: dict[str, Any] | None = Field(default=None, description="Mongo-style conditions on metadata.")
+    lexical: LexicalOptions | None = Field(default=None, description="How words must match.")
+    exact: bool = Field(default=False, description="Compare with every vector instead of searching approximately.")
     rerank: bool = True
     candidates: Annotated[int, Field(ge=1, le=MAX_K)] | None = Field(
         default=None, description="How many candidates each retriever proposes."
@@ -53,7 +96,18 @@ class SearchRequest(RequestModel):
     rerank_candidates: Annotated[int, Field(ge=1, le=200)] | None = Field(
         default=None, description="How many fused candidates the reranker scores."
     )
-    include: frozenset[Literal["text", "metadata", "vector"]] = frozenset({"text", "metadata"})
+    min_score: MinScore | None = None
+    group_by: MetadataKey | None = Field(default=None, description="A metadata field: one hit for each of its values.")
+    diversity: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="How much hits should differ from each other: 0 by relevance alone, 1 by novelty alone.",
+    )
+    facets: Annotated[dict[MetadataKey, Annotated[int, Field(ge=1, le=1000)]], Field(max_length=MAX_FACETS)] = Field(
+        default_factory=dict, description="Metadata fields whose commonest values are counted, up to a number for each."
+    )
+    include: frozenset[Include] = frozenset({"text", "metadata"})
+    highlights_max_chars: Annotated[int, Field(ge=20, le=10_000)] = 240
+    explain: bool = Field(default=False, description="Say how it was searched; such a search passes the cache by.")
     timeout_ms: Annotated[int, Field(ge=1, le=600_000)] | None = None
     min_seq: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Wait until this operation is applied, to read one's own write."
@@ -74,10 +128,66 @@ class SearchRequest(RequestModel):
     @model_validator(mode="after")
     def _answerable(self) -> Self:
         if self.query is None and self.query_vector is None:
-            raise PydanticCustomError("missing", "is required (or query_vector with mode dense)", {"param": "query"})
+            raise _wrong("query", "is required (or query_vector with mode dense)")
         if self.query is None and self.mode != "dense":
-            raise PydanticCustomError("missing", "is required in mode {mode}", {"mode": self.mode, "param": "query"})
+            raise _wrong("query", f"is required in mode {self.mode}")
         return self
+
+    @model_validator(mode="after")
+    def _in_reach(self) -> Self:
+        if self.offset + self.k > MAX_DEPTH:
+            raise _wrong(
+                "offset",
+                f"offset + k may be at most {MAX_DEPTH:,}; to read a whole collection follow the cursor of "
+                "GET /collections/{collection}/documents",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_words(self) -> Self:
+        """Refuse what needs matched words in a search that matches none."""
+        if self.mode != "dense":
+            return self
+        for name, asked in (("lexical", self.lexical is not None), ("include", "highlights" in self.include)):
+            if asked:
+                what = "highlights need" if name == "include" else "needs"
+                raise _wrong(name, f"{what} mode hybrid or lexical")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_score(self) -> Self:
+        """Refuse a threshold on a stage that this search does not have."""
+        kind = self.min_score.kind if self.min_score is not None else None
+        if kind == "dense" and self.mode == "lexical":
+            raise _wrong("min_score.kind", "dense needs mode hybrid or dense")
+        if kind == "bm25" and self.mode == "dense":
+            raise _wrong("min_score.kind", "bm25 needs mode hybrid or lexical")
+        if kind == "rerank" and (not self.rerank or self.query is None):
+            raise _wrong("min_score.kind", "rerank needs a query and rerank: true")
+        return self
+
+
+class BatchRequest(RequestModel):
+    """Several searches, each answered or refused by itself; one that is malformed refuses them all, by its number."""
+
+    searches: Annotated[list[SearchRequest], Field(min_length=1, max_length=MAX_SEARCHES)]
+
+    @field_validator("searches", mode="wrap")
+    @classmethod
+    def _numbered(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> list[SearchRequest]:
+        """Put the search's number before the field that a rule about the whole search names."""
+        try:
+            found: list[SearchRequest] = validate(value)
+            return found
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                if "param" in item.get("ctx", {}):
+                    raise _wrong(f"searches.{item['loc'][0]}.{item['ctx']['param']}", item["msg"]) from None
+            raise
+
+
+def _wrong(param: str, reason: str) -> PydanticCustomError:
+    return PydanticCustomError("invalid", "{reason}", {"param": param, "reason": reason})
 
 
 class StageScores(ReplyModel):
@@ -89,8 +199,19 @@ class StageScores(ReplyModel):
     rerank: float | None = None
 
 
+class HighlightReply(ReplyModel):
+    """A passage of a hit's text, and where in it (start and end, in Unicode characters) the question's words are."""
+
+    text: str
+    marks: list[tuple[int, int]]
+
+
 class Hit(ReplyModel):
-    """One answer; `score` is of the kind that `score_kind` names and falls from hit to hit within one kind."""
+    """
+    One answer; `score` is of the kind that `score_kind` names and, without `diversity`, falls within one kind.
+
+    *highlights*, when asked for, holds the best passage; it is empty where the text has none of the question's words.
+    """
 
     id: str
     score: float
@@ -99,14 +220,20 @@ class Hit(ReplyModel):
     title: str | None = None
     metadata: dict[str, Any] | None = None
     vector: list[float] | None = None
+    highlights: list[HighlightReply] | None = None
     stages: StageScores
 
 
 class ShardCoverage(ReplyModel):
-    """How many shards there are and what became of each."""
+    """
+    How many shards there are and what became of each.
+
+    *fallback* of those that are *ok* were answered for by the compressed copy, whose vectors are approximate.
+    """
 
     total: int
     ok: int
+    fallback: int = 0
     timed_out: int = 0
     failed: int = 0
     breaker_open: int = 0
@@ -143,6 +270,40 @@ class CacheReply(ReplyModel):
     stale: bool = False
 
 
+class ShardPlan(ReplyModel):
+    """How one shard searched: its filter's estimated and true selectivity, and which vector search it chose."""
+
+    shard: int
+    plan: dict[str, Any]
+
+
+class CandidateCounts(ReplyModel):
+    """How many candidates there were: in all, with a vector's score, found by BM25, reranked, under the threshold."""
+
+    total: int
+    dense: int
+    bm25: int
+    reranked: int
+    below_min_score: int
+
+
+class FusionWeights(ReplyModel):
+    """What the retrievers' scores weighed, BM25's after its confidence: the best score's share of the best possible."""
+
+    method: Fusion
+    dense: float
+    bm25: float
+    bm25_confidence: float
+
+
+class Explanation(ReplyModel):
+    """How the answer came about; *fusion* is missing where one retriever alone decided. `timings_ms` has the times."""
+
+    shards: list[ShardPlan]
+    candidates: CandidateCounts
+    fusion: FusionWeights | None = None
+
+
 class SearchReply(ReplyModel):
     """The answer, and what it is worth."""
 
@@ -154,7 +315,22 @@ class SearchReply(ReplyModel):
     cache: CacheReply
     as_of: int
     timings_ms: dict[str, float]
+    facets: dict[str, dict[str, int]] | None = None
+    explain: Explanation | None = None
     request_id: str | None = None
+
+
+class BatchAnswer(ReplyModel):
+    """What one search of a batch came to: an *answer*, or an *error*."""
+
+    answer: SearchReply | None = None
+    error: ErrorBody | None = None
+
+
+class BatchReply(ReplyModel):
+    """The results in the order of the searches."""
+
+    results: list[BatchAnswer]
 
 
 class StatusReply(ReplyModel):
