@@ -104,13 +104,14 @@ class Stack:
 
 
 @asynccontextmanager
-async def opened(directory: Path, shards: int, vectors: Path, queries: Path) -> AsyncIterator[Stack]:
-    """Open the storage in *directory* with the settings' defaults, and close it with a snapshot."""
+async def opened(options: argparse.Namespace) -> AsyncIterator[Stack]:
+    """Open the storage with the settings' defaults, and close it with a snapshot."""
+    directory: Path = options.directory
     settings = SearchSettings(data_dir=directory)
     ledger = await SqliteLedger.open(directory / "ledger.db")
     shard_directory = ShardDirectory(
         directory / "shards",
-        vector_options(settings, compact=False),
+        vector_options(settings, compact=options.compact),
         readers=settings.search_threads,
         writers=settings.write_threads,
         maintenance_share=1.0,
@@ -119,11 +120,11 @@ async def opened(directory: Path, shards: int, vectors: Path, queries: Path) -> 
     router = ShardRouter(OneHost(Replica(host, local=True), None), question_terms)
     collection = await ledger.find_collection("bench")
     if collection is None:
-        collection = Collection("bench", "bench", None, "own-vectors", DIM, shards, time.time())
+        collection = Collection("bench", "bench", None, "own-vectors", DIM, options.shards, time.time())
         await ledger.create_collection(collection)
     await host.start()
     try:
-        yield Stack(ledger, host, router, collection, np.load(vectors, mmap_mode="r"), np.load(queries))
+        yield Stack(ledger, host, router, collection, np.load(options.vectors, mmap_mode="r"), np.load(options.queries))
     finally:
         await router.aclose()
         await host.aclose()
@@ -133,7 +134,7 @@ async def opened(directory: Path, shards: int, vectors: Path, queries: Path) -> 
 
 async def obey(options: argparse.Namespace, answers: TextIO) -> None:
     """Obey the commands on standard input until it ends."""
-    async with opened(options.directory, options.shards, options.vectors, options.queries) as stack:
+    async with opened(options) as stack:
         while line := await asyncio.to_thread(sys.stdin.readline):
             command = json.loads(line)
             answer: dict[str, Any]
@@ -151,6 +152,7 @@ def main() -> None:
     for name in ("directory", "vectors", "queries"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--compact", action="store_true", help="keep vectors as the fallback index does")
     answers, sys.stdout = sys.stdout, sys.stderr  # What a library prints is no answer.
     asyncio.run(obey(parser.parse_args(), answers))
 

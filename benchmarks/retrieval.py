@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from benchmarks.databases import OURS, PEERS, Database
 from benchmarks.effort import Effort
@@ -21,7 +22,7 @@ def beside_databases(effort: Effort, vectors: VectorSet, rows: int, queries: int
     row = Row(
         "latency",
         f"Top {LIMIT} of {rows:,} × {vectors.vectors.shape[1]} clustered vectors, one question after the other",
-        f"{effort.rounds} rounds of {queries} questions per database and filter in turn, the others stopped; every "
+        f"{effort.rounds} rounds of {queries} new questions per database and filter in turn, the others stopped; every "
         "database in a process of its own, called in that process; recall against exact search over the same rows. "
         "The whole retrieval call is embedding excluded, from the router's `retrieve` to its answer. To reach, p50 in the "
         "shard: "
@@ -32,7 +33,7 @@ def beside_databases(effort: Effort, vectors: VectorSet, rows: int, queries: int
     with ExitStack() as stack:
         databases = list(_loaded(stack, vectors, rows, scratch, row))
         for title, condition in FILTERS.items():
-            truth = vectors.truth(rows, condition, queries)
+            truth = vectors.truth(rows, condition, effort.rounds * queries)
             measured = _rounds(effort, databases, condition, queries)
             ours = [percentile(times, 50) for times in measured[OURS].seconds]
             for name, found in measured.items():
@@ -52,7 +53,7 @@ def beside_databases(effort: Effort, vectors: VectorSet, rows: int, queries: int
 
 
 class _Measured:
-    """What one database found (in the last round) and how long each question took, by round."""
+    """What one database found, and how long each question took by round."""
 
     def __init__(self) -> None:
         self.rows: list[list[int]] = []
@@ -61,18 +62,19 @@ class _Measured:
 
 def _rounds(effort: Effort, databases: Sequence[Database], condition: Condition, queries: int) -> dict[str, _Measured]:
     measured: dict[str, _Measured] = {}
-    for _ in range(effort.rounds):
+    for round_ in range(effort.rounds):
         for database in databases:
             database.resume()
-            database.search(range(min(queries, 50)), LIMIT, condition)  # Warm again after the stop.
-            answer = database.search(range(queries), LIMIT, condition)
+            asked = range(round_ * queries, (round_ + 1) * queries)
+            database.search(asked[:20], LIMIT, condition)  # Warm again after the stop.
+            answer = database.search(asked, LIMIT, condition)
             database.pause()
             found = measured.setdefault(database.name, _Measured())
-            found.rows = answer["rows"]
+            found.rows += answer["rows"]
             found.seconds.append(answer["seconds"])
             if "shard_seconds" in answer:
                 inside = measured.setdefault(IN_SHARD, _Measured())
-                inside.rows = answer["rows"]
+                inside.rows += answer["rows"]
                 inside.seconds.append(answer["shard_seconds"])
     return measured
 
@@ -149,6 +151,41 @@ def growth(vectors: VectorSet, sizes: Sequence[int], queries: int, scratch: Path
             ("seconds to build", loaded["load_s"] + loaded["finish_s"]),
         ):
             row.bars.setdefault(quantity, {})[f"{size:,}"] = Spread(value, value, value)
+    return row
+
+
+def fallback(vectors: VectorSet, rows: int, queries: int, scratch: Path) -> Row:
+    """Compare the fallback index's small form of *rows* vectors with the shards' own."""
+    row = Row(
+        "fallback",
+        f"The fallback index beside a shard, {rows:,} rows",
+        f"The same {queries} questions to both, each in a process of its own that started from its snapshot; memory is what is "
+        "resident after them, less an empty process's. To reach: recall@10 ≥ .95 of the shard's answer at ≤ 35 % of its memory.",
+        ("form", "p50 ms in shard", "recall@10 of the shard's answer", "MB", "share"),
+    )
+    with Database(OURS, scratch / "fallback-none", vectors) as database:
+        empty_mb = database.memory_mb()["resident"]
+    answers: dict[str, dict[str, Any]] = {}
+    memory_mb: dict[str, float] = {}
+    for name, options in (("shard", ()), ("fallback", ("--compact",))):
+        directory = scratch / f"fallback-{name}"
+        with Database(OURS, directory, vectors, *options) as database:
+            database.ask("load", rows=rows)
+        with Database(OURS, directory, vectors, *options) as database:
+            database.search(range(queries), LIMIT, None)
+            answers[name] = database.search(range(queries), LIMIT, None)
+            memory_mb[name] = database.memory_mb()["resident"] - empty_mb
+    healthy = [set(found) for found in answers["shard"]["rows"]]
+    for name, answer in answers.items():
+        row.lines.append(
+            (
+                name,
+                number(percentile(answer["shard_seconds"], 50) * 1e3),
+                f"{recall(answer['rows'], healthy):.4f}",
+                number(memory_mb[name]),
+                f"{100 * memory_mb[name] / memory_mb['shard']:.0f} %",
+            )
+        )
     return row
 
 

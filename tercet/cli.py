@@ -8,7 +8,25 @@ from typer.core import TyperGroup
 
 from tercet import __version__
 from tercet.client import TercetClientError
-from tercet.commands import demo, evaluate, export, fit_pca, index, keys, search, status, up
+from tercet.commands import (
+    alias,
+    audit,
+    collections,
+    demo,
+    evaluate,
+    export,
+    export_documents,
+    fit_pca,
+    index,
+    keys,
+    plan,
+    reindex,
+    restore,
+    search,
+    snapshot,
+    status,
+    up,
+)
 from tercet.commands.offline import PASS_ON
 from tercet.console import fail, flush, say
 from tercet.evaluation import DatasetError
@@ -64,6 +82,14 @@ app.command("eval")(evaluate.evaluate)
 app.command("demo-eval")(demo.demo_eval)
 app.command("export", context_settings=PASS_ON)(export.export)
 app.command("fit-pca", context_settings=PASS_ON)(fit_pca.fit_pca)
+app.command("snapshot", context_settings=PASS_ON)(snapshot.snapshot)
+app.command("restore", context_settings=PASS_ON)(restore.restore)
+app.command("plan")(plan.plan)
+app.command("reindex")(reindex.reindex)
+app.command("audit")(audit.audit)
+app.command("export-documents")(export_documents.export_documents)
+app.add_typer(collections.app, name="collections")
+app.add_typer(alias.app, name="alias")
 app.add_typer(keys.app, name="keys")
 
 

@@ -1,22 +1,39 @@
 """A small typed async client of the search service's HTTP API."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
-import orjson
-from pydantic import BaseModel, ValidationError
 
-from services.common.wire.collections import CollectionList, CollectionReply
-from services.common.wire.documents import DeleteReply, Document, StoredDocument, WriteReply
-from services.common.wire.errors import ErrorBody, ErrorEnvelope
+from services.common.wire.collections import (
+    AliasList,
+    AttributeKind,
+    AuditReply,
+    CollectionList,
+    CollectionReply,
+    CollectionStats,
+    Metric,
+    ReindexReply,
+    SnapshotReply,
+)
+from services.common.wire.documents import (
+    NDJSON,
+    DeleteReply,
+    Document,
+    DocumentError,
+    PatchReply,
+    StoredDocument,
+    Wait,
+    WriteProgress,
+    WriteReply,
+)
 from services.common.wire.search import SearchReply, StatusReply
 from tercet.errors import IndexingFailed, TercetApiError, TercetClientError, TercetUnreachable
-from tercet.indexing import Indexing, IndexSummary, split_into_batches
+from tercet.indexing import Indexing, IndexSummary, in_background, split_into_batches
 from tercet.ingest import DocumentDict
+from tercet.transport import CONNECT_TIMEOUT_S, Transport, encode
 
 __all__ = [
     "DEFAULT_URL",
@@ -29,13 +46,11 @@ __all__ = [
 ]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-_CONNECT_TIMEOUT_S = 5.0
-
-Wait = Literal["applied", "acknowledged"]
-Reply = TypeVar("Reply", bound=BaseModel)
+SLOW_TIMEOUT_S = 600.0
+STREAM_PIECE = 64
 
 
-class TercetClient:
+class TercetClient(Transport):
     """
     The search service at *base_url*; use it as an async context manager, or close it with `aclose`.
 
@@ -52,28 +67,7 @@ class TercetClient:
         timeout_s: float = 60.0,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
-        self.key_headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout_s = timeout_s
-        # Proxies are for the world outside; what this talks to is one's own.
-        try:
-            self._http = httpx2.AsyncClient(
-                base_url=self.base_url, headers=self.key_headers, transport=transport, trust_env=False
-            )
-        except httpx2.InvalidURL as error:
-            raise TercetClientError(f"{self.base_url!r} is not an http address: {error}") from None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        await self._http.aclose()
+        super().__init__(base_url, api_key=api_key, timeout_s=timeout_s, transport=transport)
 
     async def search(self, **fields: Any) -> SearchReply:
         """Ask a question; *fields* are those of SearchRequest, and those that are None are left to their defaults."""
@@ -83,12 +77,58 @@ class TercetClient:
         return await self._call("POST", "/search", SearchReply, body=body, timeout_s=timeout_s)
 
     async def write(
-        self, collection: str, documents: Sequence[Document | DocumentDict], *, wait: Wait = "applied"
+        self,
+        collection: str,
+        documents: Sequence[Document | DocumentDict],
+        *,
+        wait: Wait = "applied",
+        idempotency_key: str | None = None,
     ) -> WriteReply:
-        """Write up to 1,000 documents as one batch, all or none; the collection is created where there is none."""
+        """
+        Write up to 1,000 documents as one batch; the collection is created where there is none.
+
+        Those that cannot be written are in the reply's `errors`; where none can be, that is a TercetApiError.
+        """
         body = {"documents": [_as_dict(document) for document in documents]}
         path = f"{_path(collection)}/documents"
-        return await self._call("POST", path, WriteReply, body=body, params={"wait": wait})
+        headers = _key(idempotency_key)
+        return await self._call("POST", path, WriteReply, body=body, params={"wait": wait}, headers=headers)
+
+    async def stream(
+        self,
+        collection: str,
+        documents: Iterable[Document | DocumentDict],
+        *,
+        wait: Wait = "applied",
+        idempotency_key: str | None = None,
+        on_progress: Callable[[WriteProgress], None] | None = None,
+    ) -> WriteProgress:
+        """
+        Write any number of documents in one request, as fast as the service takes them and in bounded memory.
+
+        *documents* is read in threads, so it may block. *on_progress* is told the totals so far, with the errors since
+        the last time; returned are the totals at the end, with all errors. With an *idempotency_key* a stream that broke
+        off can be sent again: what was acknowledged is passed over.
+
+        Raises:
+            TercetApiError: The stream was refused, or ended early; what was acknowledged before stays.
+        """
+        path = f"{_path(collection)}/documents"
+        headers = {"content-type": NDJSON, **_key(idempotency_key)}
+        content = (b"".join(map(_line, batch)) async for batch in in_background(documents, STREAM_PIECE))
+        errors: list[DocumentError] = []
+        last: WriteProgress | None = None
+        async with self._lines("POST", path, content=content, params={"wait": wait}, headers=headers) as lines:
+            async for line in lines:
+                last = self._read(path, WriteProgress, line)
+                errors += last.errors
+                if on_progress is not None:
+                    on_progress(last)
+        if last is None or not (last.done or last.error):
+            raise TercetUnreachable(self.base_url, "the answer to the stream broke off", refused=False)
+        if last.error is not None:
+            raise TercetApiError(200, last.error)
+        return last.model_copy(update={"errors": errors})
 
     async def index(
         self,
@@ -123,13 +163,55 @@ class TercetClient:
         """Delete a document; `deleted` is 0 when there was none."""
         return await self._call("DELETE", f"{_path(collection)}/documents/{quote(document_id, safe='')}", DeleteReply)
 
+    async def delete_documents(
+        self,
+        collection: str,
+        *,
+        ids: Sequence[str] | None = None,
+        filter: Mapping[str, Any] | None = None,
+        wait: Wait = "applied",
+    ) -> DeleteReply:
+        """Delete the documents of *ids*, or those that match *filter*."""
+        body = _given({"ids": None if ids is None else list(ids), "filter": filter})
+        path = f"{_path(collection)}/documents/delete"
+        return await self._call("POST", path, DeleteReply, body=body, params={"wait": wait})
+
+    async def patch_document(
+        self, collection: str, document_id: str, metadata: Mapping[str, Any], *, if_seq: int | None = None
+    ) -> PatchReply:
+        """Set the fields of *metadata*, and remove those that are None; text and vector stay."""
+        body = {"metadata": dict(metadata)} | _given({"if_seq": if_seq})
+        return await self._call(
+            "PATCH", f"{_path(collection)}/documents/{quote(document_id, safe='')}", PatchReply, body=body
+        )
+
+    async def export_documents(
+        self, collection: str, *, filter: Mapping[str, Any] | None = None, vectors: bool = False
+    ) -> AsyncIterator[StoredDocument]:
+        """Yield all documents that match *filter*, in the order of their last change; one changed meanwhile comes again."""
+        path = f"{_path(collection)}/documents"
+        params = {"vector": "true" if vectors else "false"}
+        if filter is not None:
+            params["filter"] = encode(filter).decode()
+        async with self._lines("GET", path, params=params) as lines:
+            async for line in lines:
+                yield self._read(path, StoredDocument, line)
+
     async def create_collection(
-        self, name: str, *, shards: int | None = None, dim: int | None = None
+        self,
+        name: str,
+        *,
+        model: str | None = None,
+        metric: Metric | None = None,
+        dim: int | None = None,
+        shards: int | None = None,
+        attributes: Mapping[str, AttributeKind] | None = None,
+        language: str | None = None,
     ) -> CollectionReply:
         """Create an empty collection; *dim* is for one whose documents bring their own vectors."""
-        fields = {"name": name, "shards": shards, "dim": dim}
-        body = {field: value for field, value in fields.items() if value is not None}
-        return await self._call("POST", "/collections", CollectionReply, body=body)
+        fields: dict[str, Any] = {"name": name, "model": model, "metric": metric, "dim": dim, "shards": shards}
+        fields |= {"attributes": dict(attributes) if attributes is not None else None, "language": language}
+        return await self._call("POST", "/collections", CollectionReply, body=_given(fields))
 
     async def collections(self) -> list[CollectionReply]:
         """Return all collections."""
@@ -152,6 +234,36 @@ class TercetClient:
         """Delete a collection and all that is in it."""
         await self._send("DELETE", _path(name))
 
+    async def collection_stats(self, name: str) -> CollectionStats:
+        """Return how a collection's ledger and its shards on every host stand."""
+        return await self._call("GET", f"{_path(name)}/stats", CollectionStats)
+
+    async def aliases(self) -> Mapping[str, str]:
+        """Return every alias with the collection that it means."""
+        return (await self._call("GET", "/aliases", AliasList)).aliases
+
+    async def set_aliases(self, changes: Mapping[str, str | None]) -> Mapping[str, str]:
+        """Let each alias mean a collection, or nothing for None, all at once; return all aliases."""
+        return (await self._call("POST", "/aliases", AliasList, body={"changes": dict(changes)})).aliases
+
+    async def reindex(self, source: str, target: str, **settings: Any) -> ReindexReply:
+        """Begin to copy *source* into *target*; *settings* are those of ReindexRequest that are to differ."""
+        body = _given({"target": target, **settings})
+        return await self._call("POST", f"{_path(source)}/reindex", ReindexReply, body=body)
+
+    async def reindex_progress(self, target: str) -> ReindexReply:
+        """Return how the copy into *target* stands."""
+        return await self._call("GET", f"{_path(target)}/reindex", ReindexReply)
+
+    async def audit(self, name: str, *, repair: bool = False) -> AuditReply:
+        """Compare a collection's shards with the ledger, and mend them on request; may take minutes."""
+        params = {"repair": "true" if repair else "false"}
+        return await self._call("POST", f"{_path(name)}/audit", AuditReply, params=params, timeout_s=SLOW_TIMEOUT_S)
+
+    async def snapshot(self, name: str) -> SnapshotReply:
+        """Let every host write snapshots of a collection's shards now."""
+        return await self._call("POST", f"{_path(name)}/snapshot", SnapshotReply, timeout_s=SLOW_TIMEOUT_S)
+
     async def status(self) -> StatusReply:
         """Return the collections, the state of what search depends on, and its cache."""
         return await self._call("GET", "/status", StatusReply)
@@ -159,61 +271,10 @@ class TercetClient:
     async def ready(self) -> bool:
         """Return whether the service takes requests; never raises for one that does not."""
         try:
-            await self._send("GET", "/readyz", timeout_s=_CONNECT_TIMEOUT_S)
+            await self._send("GET", "/readyz", timeout_s=CONNECT_TIMEOUT_S)
         except TercetClientError:
             return False
         return True
-
-    async def _call(
-        self,
-        method: str,
-        path: str,
-        reply: type[Reply],
-        *,
-        body: object = None,
-        params: dict[str, str] | None = None,
-        timeout_s: float | None = None,
-    ) -> Reply:
-        content = await self._send(method, path, body=body, params=params, timeout_s=timeout_s)
-        try:
-            return reply.model_validate_json(content)
-        except ValidationError:
-            message = f"{self.base_url}{path} is not what Tercet answers; is this the search service's address?"
-            raise TercetApiError(
-                200, ErrorBody(code="unreadable_reply", message=message, type="server_error")
-            ) from None
-
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: object = None,
-        params: dict[str, str] | None = None,
-        timeout_s: float | None = None,
-    ) -> bytes:
-        limit_s = timeout_s or self._timeout_s
-        try:
-            response = await self._http.request(
-                method,
-                path,
-                params=params,
-                content=_encode(body) if body is not None else None,
-                headers={"content-type": "application/json"} if body is not None else None,
-                timeout=httpx2.Timeout(limit_s, connect=min(limit_s, _CONNECT_TIMEOUT_S)),
-            )
-        except (httpx2.ConnectError, httpx2.ConnectTimeout):
-            raise TercetUnreachable(self.base_url, "nothing listens there", refused=True) from None
-        except httpx2.TimeoutException:
-            raise TercetUnreachable(self.base_url, f"none within {limit_s:g} s", refused=False) from None
-        except httpx2.UnsupportedProtocol as error:
-            raise TercetClientError(f"{self.base_url!r} is not an http address: {error}") from None
-        except httpx2.HTTPError as error:
-            reason = f"the connection broke ({type(error).__name__})"
-            raise TercetUnreachable(self.base_url, reason, refused=False) from None
-        if not response.is_success:
-            raise _api_error(response)
-        return response.content
 
 
 def _path(collection: str) -> str:
@@ -226,30 +287,13 @@ def _as_dict(document: Document | DocumentDict) -> dict[str, Any]:
     return dict(document)
 
 
-def _encode(body: object) -> bytes:
-    try:
-        return orjson.dumps(body, default=_plain)
-    except TypeError as error:
-        raise TercetClientError(f"the request cannot be written as JSON: {error}") from None
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, BaseModel):
-        return value.model_dump(exclude_none=True)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+def _key(idempotency_key: str | None) -> dict[str, str]:
+    return {} if idempotency_key is None else {"idempotency-key": idempotency_key}
 
 
-def _api_error(response: httpx2.Response) -> TercetApiError:
-    try:
-        error = ErrorEnvelope.model_validate_json(response.content).error
-    except ValidationError:
-        retryable = response.status_code in (429, 502, 503, 504)
-        message = f"{response.request.method} {response.request.url} was refused"
-        error = ErrorBody(code="http_error", message=message, type="server_error", retryable=retryable)
-    try:
-        retry_after_s = float(response.headers["retry-after"])
-    except (KeyError, ValueError):
-        retry_after_s = None
-    return TercetApiError(response.status_code, error, retry_after_s=retry_after_s)
+def _line(document: Document | DocumentDict) -> bytes:
+    return encode(_as_dict(document)) + b"\n"

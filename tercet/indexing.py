@@ -2,15 +2,17 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import TypeVar, cast
 
 from services.common.wire.base import ReplyModel
 from services.common.wire.documents import Document, WriteReply
+from services.common.wire.errors import ErrorBody
 from tercet.errors import IndexingFailed, TercetApiError, TercetClientError, TercetUnreachable
 from tercet.ingest import DocumentDict
 
@@ -75,6 +77,8 @@ class Indexing:
 
     async def _write(self, batch: Batch, ids: set[str]) -> None:
         reply = await self._write_patiently(batch)
+        if reply.errors:
+            raise _refused(batch, reply)
         total = self._total
         self._total = IndexSummary(
             documents=total.documents + reply.accepted,
@@ -127,6 +131,22 @@ def split_into_batches(documents: Iterable[Document | DocumentDict], size: int) 
         ids.add(_id(document))
     if batch:
         yield batch
+
+
+def _refused(batch: Batch, reply: WriteReply) -> IndexingFailed:
+    """Return the error of a batch of which some documents were left out, and the others written."""
+    first = reply.errors[0]
+    param = f"documents.{first.index}" + (f".{first.param}" if first.param else "")
+    error = ErrorBody(code=first.code, message=first.message, type="invalid_request_error", param=param)
+    at_fault = [_id(batch[error.index]) for error in reply.errors if error.index < len(batch)]
+    return IndexingFailed(_id(batch[0]), _id(batch[-1]), at_fault, TercetApiError(422, error))
+
+
+async def in_background(items: Iterable[T], size: int) -> AsyncIterator[list[T]]:
+    """Yield *items* in lists of up to *size*, read in threads, so that a source that blocks holds up nobody."""
+    source = iter(items)
+    while several := await _in_daemon_thread(lambda: list(itertools.islice(source, size))):
+        yield several
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:

@@ -88,12 +88,13 @@ def create_service_app(
     description: str,
     dialects: Mapping[str, str] | None = None,
     needs: Callable[[str, str], str] | None = None,
+    streams: Callable[[Scope], bool] | None = None,
 ) -> FastAPI:
     """
     Return the ASGI app of service *name*; nothing is loaded before its lifespan starts.
 
     *dialects* names, for a path's prefix, the dialect of http_errors.DIALECTS in which its errors are written. *needs*
-    tells the scope that an API key needs for a method and path, if not the service's own for all.
+    tells an API key's scope for a method and path, if not the service's own; *streams* the requests without a body limit.
 
     Raises:
         SettingsError: The file of API keys cannot be read, or traces are wanted and OpenTelemetry is not installed.
@@ -132,11 +133,10 @@ def create_service_app(
     )
     app.state.service = service
     install_error_handlers(app)
-    all_routers = [_health_router(), *routers]
-    for router in all_routers:
+    for router in (all_routers := [_health_router(), *routers]):
         app.include_router(router)
     routes = DirectRoutes(app.serve_by_framework, [route for router in all_routers for route in router.routes])
-    wrapped = _wrap(routes, service, DialectTable(dialects or {}), governor, needs)
+    wrapped = _wrap(routes, service, DialectTable(dialects or {}), governor, needs, streams)
     app.serve_http = wrapped if spans is None else TracingMiddleware(wrapped, spans)
     return app
 
@@ -186,10 +186,11 @@ def _wrap(
     dialects: DialectTable,
     governor: Governor,
     needs: Callable[[str, str], str] | None,
+    streams: Callable[[Scope], bool] | None,
 ) -> ASGIApp:
     """Return *app* in our middleware: the request's context outermost, then access, disconnects, the body's limit."""
     settings = service.settings
-    app = BodyLimitMiddleware(app, settings.max_body_bytes)
+    app = BodyLimitMiddleware(app, settings.max_body_bytes, streams=streams)
     app = DisconnectMiddleware(app)
     keys, usual = open_key_ring(settings), limits_of(settings)
     service.asks_for_keys = keys is not None
@@ -200,7 +201,7 @@ def _wrap(
         app = CORSMiddleware(
             app,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )

@@ -10,7 +10,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable
 from email.message import Message as Header
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import Request, Response
@@ -25,6 +25,8 @@ from services.common.headers import header
 from services.common.http_errors import JsonRequest, JsonRoute, malformed_json, response_to
 
 _JSON = b"application/json"
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class DirectRoutes:
@@ -81,7 +83,7 @@ class _Direct:
                 arguments[self._request_name] = request
             if self._body_name is not None and self._body_type is not None:
                 request.take_body(content := await _read(receive))
-                arguments[self._body_name] = _parse(self._body_type, content, scope)
+                arguments[self._body_name] = parse_body(self._body_type, content, scope)
             made = await self._endpoint(**arguments)
             response = made if isinstance(made, Response) else self._write(made)
         except Exception as error:
@@ -108,7 +110,7 @@ async def _read(receive: Receive) -> bytes:
     return content if len(chunks) == 1 else b"".join(chunks)
 
 
-def _parse(body_type: type[BaseModel], content: bytes, scope: Scope) -> BaseModel:
+def parse_body(body_type: type[Body], content: bytes, scope: Scope) -> Body:
     """Return what *content* says, or raise just what FastAPI would."""
     value: Any = content
     if not content:

@@ -84,8 +84,9 @@ def _nearest(table: Mapping[type[errors.TercetError], Any], error: errors.Tercet
     return next((table[cls] for cls in type(error).__mro__ if cls in table), None)
 
 
-def _native_body(error: errors.TercetError, request_id: str | None) -> dict[str, Any]:
-    body = ErrorBody(
+def error_body(error: errors.TercetError, request_id: str | None) -> ErrorBody:
+    """Return *error* as the envelope holds it."""
+    return ErrorBody(
         code=error.code,
         message=error.message,
         type=error.type,
@@ -93,7 +94,10 @@ def _native_body(error: errors.TercetError, request_id: str | None) -> dict[str,
         retryable=error.retryable,
         request_id=request_id,
     )
-    return ErrorEnvelope(error=body).model_dump()
+
+
+def _native_body(error: errors.TercetError, request_id: str | None) -> dict[str, Any]:
+    return ErrorEnvelope(error=error_body(error, request_id)).model_dump()
 
 
 # The types that TEI has; it knows none for a key that is wrong or a route that is not there.

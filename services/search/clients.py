@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from urllib.parse import urlencode
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +23,14 @@ class HttpEmbeddingClient:
     def __init__(self, client: ServiceClient) -> None:
         self._client = client
 
-    async def embed_query(self, text: str, deadline: Deadline) -> Embedded:
+    async def embed_query(self, text: str, deadline: Deadline, *, model: str | None = None) -> Embedded:
         """See EmbeddingClient."""
-        return await self._embed(
-            EmbedRequest(inputs=text, input_type="query", lane="query", encoding="base64"), deadline
-        )
+        body = EmbedRequest(inputs=text, input_type="query", lane="query", encoding="base64", model=model)
+        return await self._embed(body, deadline)
 
-    async def embed_documents(self, texts: Sequence[str], deadline: Deadline) -> Embedded:
+    async def embed_documents(self, texts: Sequence[str], deadline: Deadline, *, model: str | None = None) -> Embedded:
         """See EmbeddingClient."""
-        body = EmbedRequest(inputs=list(texts), input_type="document", lane="bulk", encoding="base64")
+        body = EmbedRequest(inputs=list(texts), input_type="document", lane="bulk", encoding="base64", model=model)
         return await self._embed(body, deadline)
 
     async def _embed(self, body: EmbedRequest, deadline: Deadline) -> Embedded:
@@ -40,9 +40,10 @@ class HttpEmbeddingClient:
             raise DependencyUnavailable(f"embedding sent {len(vectors)} vectors for {len(body.texts())} texts")
         return Embedded(vectors, EmbeddingModel(reply.model, reply.fingerprint, vectors.shape[1]))
 
-    async def model(self, deadline: Deadline) -> EmbeddingModel:
+    async def model(self, deadline: Deadline, *, model: str | None = None) -> EmbeddingModel:
         """See EmbeddingClient."""
-        info = await self._client.call("GET", "/info", EmbeddingInfo, deadline=deadline)
+        path = "/info" if model is None else f"/info?{urlencode({'model': model})}"
+        info = await self._client.call("GET", path, EmbeddingInfo, deadline=deadline)
         return EmbeddingModel(info.model, info.fingerprint, info.dim)
 
 

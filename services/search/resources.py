@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 from services.common.http_client import ServiceClient
 from services.search.catalog import Catalog
+from services.search.changes import Changes
 from services.search.indexing import Indexing
+from services.search.ingest import Ingest
 from services.search.pipeline import SearchPipeline
-from services.search.ports import ResultCache
+from services.search.ports import ResultCache, Retriever
+from services.search.reindexing import Reindexing
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,10 @@ class SearchResources:
 
     catalog: Catalog
     indexing: Indexing
+    ingest: Ingest
+    changes: Changes
+    reindexing: Reindexing
+    retriever: Retriever
     pipeline: SearchPipeline
     cache: ResultCache
     cache_kind: str

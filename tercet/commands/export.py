@@ -7,4 +7,4 @@ from tercet.commands.offline import run_offline
 
 def export(context: typer.Context) -> None:
     """Write a model as verified ONNX, or as a Triton model repository."""
-    run_offline("export", context.args)
+    run_offline("embedding", "export", context.args)

@@ -7,4 +7,4 @@ from tercet.commands.offline import run_offline
 
 def fit_pca(context: typer.Context) -> None:
     """Fit a projection of vectors to fewer dimensions on your texts."""
-    run_offline("fit-pca", context.args)
+    run_offline("embedding", "fit-pca", context.args)

@@ -1,8 +1,9 @@
-"""What `tercet export` and `tercet fit-pca` share: they run in a process of the embedding service's own."""
+"""What commands share that run in a process of a service's own: `export`, `fit-pca`, `snapshot` and `restore`."""
 
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import typer
 
@@ -10,9 +11,9 @@ import typer
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
-def run_offline(command: str, arguments: Sequence[str]) -> None:
+def run_offline(service: Literal["embedding", "search"], command: str, arguments: Sequence[str]) -> None:
     """
-    Run *command* with *arguments*; its output goes where ours goes, its exit status becomes ours.
+    Run *command* of *service* with *arguments*; its output goes where ours goes, its exit status becomes ours.
 
     Ctrl-C reaches both processes: the command gets the time to remove what it has written in part.
 
@@ -20,7 +21,7 @@ def run_offline(command: str, arguments: Sequence[str]) -> None:
         typer.Exit: It failed; 128 and the signal's number for one that a signal ended.
     """
     # -P keeps a `services` folder of the user's out of its way.
-    process = subprocess.Popen([sys.executable, "-P", "-m", "services.embedding.offline", command, *arguments])
+    process = subprocess.Popen([sys.executable, "-P", "-m", f"services.{service}.offline", command, *arguments])
     try:
         status = process.wait()
     except KeyboardInterrupt:

@@ -1,5 +1,7 @@
 """Refuses request bodies over the limit: by their stated length before anything is read, else as they arrive."""
 
+from collections.abc import Callable
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common.errors import BodyTooLarge, Malformed
@@ -8,15 +10,20 @@ from services.common.http_errors import respond
 
 
 class BodyLimitMiddleware:
-    """Answers 413 for bodies over *max_body_bytes*. The server sees to it that a stated length is true."""
+    """
+    Answers 413 for bodies over *max_body_bytes*. The server sees to it that a stated length is true.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    Requests that *streams* accepts have no limit here: whoever reads them holds no more than a piece of the body.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, *, streams: Callable[[Scope], bool] | None = None) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or (self._streams is not None and self._streams(scope)):
             await self._app(scope, receive, send)
             return
         stated = header(scope, b"content-length")

@@ -1,17 +1,31 @@
 """The HTTP routes, a file for each kind of thing: parse, call the use case, return."""
 
 from fastapi import APIRouter
+from starlette.types import Scope
 
 from services.common.wire.keys import KeyScope
-from services.search.routes import collections, documents, search, status
+from services.search.routes import aliases, collections, documents, maintenance, search, status
+from services.search.routes.streaming import STREAMS, content_type
 
 router = APIRouter()
-for part in (search, collections, documents, status):
+for part in (search, collections, documents, aliases, maintenance, status):
     router.include_router(part.router)
 
 
 def scope_needed(method: str, path: str) -> KeyScope:
-    """Return what an API key needs: `search` to ask and read, `write` to write, `admin` to delete a whole collection."""
-    if method in ("GET", "HEAD", "OPTIONS") or not path.startswith("/collections"):
+    """
+    Return what an API key needs: `search` to ask and read, `write` to write documents and create collections.
+
+    `admin` is to delete or copy a whole collection, for aliases, audits and snapshots.
+    """
+    first, *rest = path.strip("/").split("/")
+    if method in ("GET", "HEAD", "OPTIONS") or first not in ("collections", "aliases"):
         return "search"
-    return "admin" if method == "DELETE" and path.strip("/").count("/") < 2 else "write"
+    if first == "aliases" or (method == "DELETE" and len(rest) < 2):
+        return "admin"
+    return "admin" if len(rest) == 2 and rest[1] in ("reindex", "audit", "snapshot") else "write"
+
+
+def is_stream(scope: Scope) -> bool:
+    """Whether a request writes a stream of documents, whose body has no limit as a whole."""
+    return scope["method"] == "POST" and scope["path"].endswith("/documents") and content_type(scope) in STREAMS

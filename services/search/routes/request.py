@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from fastapi import Path, Query, Request
+from fastapi import Header, Path, Query, Request
 
 from services.common.app import deadline_of, resources_of, service_of
 from services.common.deadline import HEADER, Deadline
@@ -14,6 +14,14 @@ Name = Annotated[CollectionName, Path(description="The collection's name.")]
 Wait = Annotated[
     Literal["applied", "acknowledged"],
     Query(description="`applied`: reply once searches see it; `acknowledged`: once it is on disk."),
+]
+
+IdempotencyHeader = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="A write that is repeated under the same key is not done again: its reply is that of the first.",
+    ),
 ]
 
 

@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from services.search.ports import Collection
+from services.search.ports import Collection, ShardStanding
 from services.search.shards import files
 from services.search.shards.claim import Claim
 from services.search.shards.files import Damaged
@@ -52,15 +52,16 @@ class ShardDirectory:
             use_snapshots=use_snapshots,
         )
 
-    def snapshot_seq(self, collection: Collection, number: int) -> int:
-        """Return the operation number of a shard's newest snapshot as its manifest says; 0 for none."""
+    def standing(self, collection: Collection, number: int) -> ShardStanding | None:
+        """Return how a shard stood when its newest snapshot was made, as the manifest says; None without a snapshot."""
         snapshots = Snapshots(self._shard(collection.uuid, number))
         for name in snapshots.names():
             try:
-                return snapshots.manifest(name).seq
+                found = snapshots.manifest(name)
             except Damaged:
                 continue
-        return 0
+            return ShardStanding(number, found.seq, found.documents, found.next_row, snapshot_seq=found.seq)
+        return None
 
     def uuids(self) -> list[str]:
         """Return the collections of which there is anything."""

@@ -176,7 +176,7 @@ class LocalHost:
         return await hosted.follower.wait_applied(shard, seq, _seconds(deadline))
 
     async def standings(self, collection: Collection, deadline: Deadline) -> list[ShardStanding]:
-        """See ShardHost. A collection that was closed for being idle is not opened; it stands where it stood."""
+        """See ShardHost. A collection that is closed for being idle is not opened; it stands where its snapshots do."""
         asleep = self._asleep.get(collection.uuid)
         if asleep is not None:
             return asleep[1]
@@ -286,14 +286,12 @@ class LocalHost:
         closing = self._closings.get(collection.uuid)
         if closing is not None:
             await asyncio.wait({closing})
-        options = self._options
-        numbers = [number for number in range(collection.shards) if number % options.nodes == options.node]
         follower = Follower(
             self._ledger,
             collection,
-            numbers,
+            self._numbers(collection),
             self._directory.open,
-            poll_s=options.poll_s,
+            poll_s=self._options.poll_s,
             gone=lambda: self._gone(collection),
         )
         await follower.open()
@@ -365,15 +363,23 @@ class LocalHost:
     # --- in the background
 
     async def _has_news(self, collection: Collection) -> bool:
-        """Whether the ledger has operations that the newest snapshots lack."""
+        """Whether the ledger has operations that the newest snapshots lack; note how those stand if not."""
         try:
             seq = (await self._ledger.state(collection.uuid)).seq
         except NotFound:
             return False
-        options = self._options
-        numbers = [number for number in range(collection.shards) if number % options.nodes == options.node]
-        kept = [await asyncio.to_thread(self._directory.snapshot_seq, collection, number) for number in numbers]
-        return any(snapshot_seq < seq for snapshot_seq in kept)
+        kept = [
+            await asyncio.to_thread(self._directory.standing, collection, number)
+            for number in self._numbers(collection)
+        ]
+        standings = [standing for standing in kept if standing is not None and standing.applied_seq == seq]
+        if len(standings) < len(kept):
+            return seq > 0
+        self._asleep[collection.uuid] = (collection, standings)
+        return False
+
+    def _numbers(self, collection: Collection) -> list[int]:
+        return [number for number in range(collection.shards) if number % self._options.nodes == self._options.node]
 
     async def _keep_house(self) -> None:
         while True:

@@ -5,7 +5,7 @@ from prometheus_client import Counter, Gauge
 from services.common.metrics import Metrics
 from services.search.shards.host import LocalHost
 
-SEGMENT_KINDS = ("tail", "flat", "hnsw", "ivf", "sq8")
+SEGMENT_KINDS = ("tail", "flat", "hnsw", "ivf", "codes")
 
 
 class HostMetrics:
