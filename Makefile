@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test test-clients check unit demo-eval docs bench-embedding bench-search bench-peers install clean
+.PHONY: help run test test-clients check unit demo-eval docs chaos-index bench-embedding bench-search bench-peers install clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -50,6 +50,9 @@ bench-embedding: $(VENV)/.installed-bench $(INFINITY)/.venv/.installed ## Measur
 $(VENV)/.installed-bench: $(VENV)/.installed-test
 	@$(PIP) install -q -e '.[bench]' -c constraints.txt
 	@touch $@
+
+chaos-index: $(VENV)/.installed-test ## 200 kills of a writing search service and 200 power cuts of its ledger (RUNS= SEED=)
+	TERCET_CHAOS_RUNS=$(or $(RUNS),200) TERCET_CHAOS_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos
 
 bench-search: $(VENV)/.installed-bench $(VECTORS)/.venv/.installed ## Measure search beside vector databases (NOTE='what changed' BENCH=--quick)
 	@exec $(BIN)/python -m benchmarks.search --note '$(NOTE)' $(BENCH)

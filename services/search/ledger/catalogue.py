@@ -7,6 +7,7 @@ import apsw
 import orjson
 
 from services.common.errors import Conflict, NotFound
+from services.search.ledger.encoding import gone
 from services.search.ledger.schema import SEQ_BITS
 from services.search.ports import Collection, CollectionState
 
@@ -62,11 +63,6 @@ def aliases(connection: apsw.Connection) -> dict[str, str]:
     sql = "SELECT a.name, c.name FROM aliases a JOIN collections c ON c.number = a.collection ORDER BY a.name"
     found: list[Any] = connection.execute(sql).fetchall()
     return dict(found)
-
-
-def gone(uuid: str) -> NotFound:
-    """Return the error of whoever works on a collection that is not there."""
-    return NotFound(f"There is no collection with the uuid {uuid}: it may have been deleted meanwhile")
 
 
 def _collection(row: tuple[Any, ...]) -> Collection:

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apsw
-import numpy as np
 import orjson
 
 from services.common.errors import Conflict, InvalidInput
-from services.search.ledger.catalogue import gone, number_of
+from services.search.ledger.catalogue import number_of
+from services.search.ledger.encoding import decode_vectors, encode, gone
 from services.search.ledger.schema import MAX_SEQ, SEQ_BITS
 from services.search.ports import NO_DOCUMENT, KnownDocument, LedgerDocument, Operation, Receipt, Vector, Written
 
@@ -102,9 +102,7 @@ def _live(
 
 
 def _vectors(blob: bytes | None, count: int) -> Iterable[Vector]:
-    if not count:
-        return ()
-    return np.frombuffer(blob or b"", dtype="<f4").astype(np.float32, copy=False).reshape(count, -1)
+    return decode_vectors(blob or b"", count) if count else ()
 
 
 def _document(row: Sequence[Any], vector: Vector) -> LedgerDocument:
@@ -248,17 +246,6 @@ def _forget_receipts(connection: apsw.Connection) -> None:
 
 
 def _row(document: LedgerDocument, dim: int) -> tuple[Any, ...]:
-    if document.vector.shape != (dim,):
-        raise InvalidInput(
-            f"The vector of document {document.id!r} has shape {list(document.vector.shape)}, "
-            f"and the collection holds vectors of {dim} numbers",
-            param="vector",
-        )
-    try:
-        document.text.encode()
-        (document.title or "").encode()
-        metadata = orjson.dumps(dict(document.metadata)).decode()
-    except (TypeError, UnicodeEncodeError) as error:
-        raise InvalidInput(f"Document {document.id!r} cannot be stored: {error}") from error
-    vector = document.vector.astype("<f4", copy=False).tobytes()
-    return document.content_hash, document.embedded_hash, document.title, metadata, document.text, vector
+    encoded = encode(document, dim)
+    hashes = encoded.content_hash, encoded.embedded_hash
+    return *hashes, document.title, encoded.metadata.decode(), document.text, encoded.vector

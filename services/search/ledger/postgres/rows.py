@@ -4,10 +4,10 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import asyncpg
-import numpy as np
 import orjson
 
-from services.common.errors import Conflict, InvalidInput, NotFound
+from services.common.errors import Conflict
+from services.search.ledger.encoding import decode_vectors, encode, gone
 from services.search.ports import (
     NO_DOCUMENT,
     CollectionState,
@@ -15,7 +15,6 @@ from services.search.ports import (
     LedgerDocument,
     Operation,
     Receipt,
-    Vector,
     Written,
 )
 
@@ -65,7 +64,7 @@ async def state(connection: asyncpg.Connection, uuid: str) -> CollectionState:
     sql = "SELECT seq, documents, trimmed_seq FROM collections WHERE uuid = $1 AND name IS NOT NULL"
     found = await connection.fetchrow(sql, uuid)
     if found is None:
-        raise _gone(uuid)
+        raise gone(uuid)
     return CollectionState(*found)
 
 
@@ -73,7 +72,7 @@ async def known(connection: asyncpg.Connection, uuid: str, ids: Sequence[str]) -
     """Return the hashes, vectors and operations of the live documents among *ids*."""
     columns = "id, content_hash, embedded_hash, vector, seq"
     return {
-        id_.decode(): KnownDocument(content_hash, embedded_hash, _vector(vector), seq)
+        id_.decode(): KnownDocument(content_hash, embedded_hash, decode_vectors(vector)[0], seq)
         for id_, content_hash, embedded_hash, vector, seq in await _live(connection, columns, uuid, ids)
     }
 
@@ -118,15 +117,11 @@ def _document(seq: int, row: Sequence[Any]) -> LedgerDocument:
         text.decode(),
         None if title is None else title.decode(),
         orjson.loads(metadata),
-        _vector(vector),
+        decode_vectors(vector)[0],
         content_hash,
         embedded_hash,
         seq,
     )
-
-
-def _vector(stored: bytes) -> Vector:
-    return np.frombuffer(stored, dtype="<f4").astype(np.float32, copy=False)
 
 
 # --- writing, inside a transaction ----------------------------------------------------------------------------------
@@ -151,14 +146,14 @@ class Change:
         sql = "SELECT number, seq, dim FROM collections WHERE uuid = $1 AND name IS NOT NULL FOR NO KEY UPDATE"
         found = await self._connection.fetchrow(sql, uuid)
         if found is None:
-            raise _gone(uuid)
+            raise gone(uuid)
         self._number, self._seq, self._dim = found
 
     async def append(
         self, upserts: Sequence[LedgerDocument], expected: Mapping[str, int], receipt: Receipt | None
     ) -> Written:
         """Store *upserts*, except those that stand at another operation than *expected*."""
-        rows = {document.id: _row(document, self._dim) for document in upserts}
+        rows = {document.id: encode(document, self._dim) for document in upserts}
         standing = await self._standing(list(rows))
         conflicts = _conflicts(expected, standing, rows)
         stored = [document.id for document in upserts if document.id not in conflicts]
@@ -230,27 +225,6 @@ def _conflicts(expected: Mapping[str, int], standing: Mapping[str, int], ids: Co
     }
 
 
-def _row(document: LedgerDocument, dim: int) -> tuple[bytes | None, ...]:
-    if document.vector.shape != (dim,):
-        raise InvalidInput(
-            f"The vector of document {document.id!r} has shape {list(document.vector.shape)}, "
-            f"and the collection holds vectors of {dim} numbers",
-            param="vector",
-        )
-    try:
-        return (
-            document.id.encode(),
-            document.text.encode(),
-            None if document.title is None else document.title.encode(),
-            orjson.dumps(dict(document.metadata)),
-            document.vector.astype("<f4", copy=False).tobytes(),
-            document.content_hash,
-            document.embedded_hash,
-        )
-    except (TypeError, UnicodeEncodeError) as error:
-        raise InvalidInput(f"Document {document.id!r} cannot be stored: {error}") from error
-
-
 def _id(id_: str) -> bytes:
     # An id that is no Unicode is no document's: encoded like this it equals none.
     return id_.encode(errors="surrogatepass")
@@ -258,7 +232,3 @@ def _id(id_: str) -> bytes:
 
 def _count(status: str) -> int:
     return int(status.rpartition(" ")[2])
-
-
-def _gone(uuid: str) -> NotFound:
-    return NotFound(f"There is no collection with the uuid {uuid}: it may have been deleted meanwhile")
