@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.common.deadline import Deadline
-from services.common.errors import Conflict, InvalidInput, NotFound
+from services.common.errors import Conflict, InvalidInput, NotFound, Unavailable
 from services.common.wire.collections import CollectionReply, CollectionStats, ShardStats
 from services.search.names import KnownNames
 from services.search.ports import AttributeKind, Collection, EmbeddingClient, Ledger, Metric, Retriever
@@ -158,6 +158,13 @@ class Catalog:
         """Return all collections by name."""
         aliases = await self.aliases()
         return [await self._describe(collection, aliases) for collection in await self._ledger.list_collections()]
+
+    async def overview(self) -> tuple[list[CollectionReply], str | None]:
+        """Return all collections by name, and None; none of them, and why, while the ledger cannot be read."""
+        try:
+            return await self.describe_all(), None
+        except Unavailable as error:
+            return [], error.message
 
     async def stats(self, collection: Collection, deadline: Deadline) -> CollectionStats:
         """Return how the collection's ledger and its shards stand; hosts that do not answer are missing."""

@@ -28,6 +28,9 @@ async def _status(client: TercetClient, data_dir: Path) -> bool:
     )
     for name, dependency in found.dependencies.items():
         state = str(dependency.get("state"))
+        if "url" not in dependency:
+            say(f"  {name}: {state} {dependency.get('reason', '')}".rstrip(), "" if state == "ok" else "yellow")
+            continue
         said = {"closed": "in use", "open": "not answering, searches do without", "half-open": "being tried again"}
         style = "" if state == "closed" else "yellow"
         say(f"  {name} at {dependency.get('url')}: breaker {state} ({said.get(state, 'unknown')})", style)

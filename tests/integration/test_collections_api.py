@@ -303,3 +303,14 @@ async def test_stats_audit_and_snapshot(http):
 def test_scopes(method, path, scope):
     """What touches a whole collection is for admins."""
     assert routes.scope_needed(method, path) == scope
+
+
+async def test_the_overview_outlives_the_ledger(http, stack):
+    """Where the ledger cannot be read, the overview says why instead of failing."""
+    await write(http, "v1", a="one")
+    found, trouble = await stack.catalog.overview()
+    assert ([collection.name for collection in found], trouble) == (["v1"], None)
+    await stack.ledger.aclose()
+    found, trouble = await stack.catalog.overview()
+    assert found == []
+    assert "closed" in trouble

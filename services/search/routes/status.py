@@ -18,9 +18,11 @@ async def status(request: Request) -> StatusReply:
     dependencies: dict[str, dict[str, Any]] = {
         name: {"state": client.breaker.state, "url": client.base_url} for name, client in found.clients.items()
     }
+    collections, trouble = await found.catalog.overview()
+    dependencies["ledger"] = {"state": "unavailable", "reason": trouble} if trouble else {"state": "ok"}
     return StatusReply(
         version=request.app.version,
-        collections=await found.catalog.describe_all(),
+        collections=collections,
         dependencies=dependencies,
         cache={"kind": found.cache_kind, "available": found.cache.available},
     )
