@@ -44,6 +44,7 @@ class MemoryLedger:
     """The part of a ledger that searches read; *down* it raises, and *heard* is what this process knows if not all."""
 
     exclusive = False
+    epoch = "first"
 
     def __init__(self) -> None:
         self.collections = {collection.name: collection for collection in (BOOKS, OWN)}

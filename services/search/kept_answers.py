@@ -23,13 +23,15 @@ class KeptAnswers:
         """
         Identify all that decides the answer but the collection's contents, which an entry's `as_of` stands for.
 
+        The ledger's epoch is part of it: after a restore the same operation numbers mean other contents.
+
         None where the search passes the cache by: its caller said so, or wants to know how it is really searched.
         """
         if not run.request.cache or run.request.explain:
             return None
         asked = run.request.model_dump(exclude={"collection", "timeout_ms", "min_seq", "cache", "explain"})
         asked["include"] = sorted(asked["include"])
-        parts = [run.collection.uuid, run.collection.fingerprint, asked, self._settings]
+        parts = [run.epoch, run.collection.uuid, run.collection.fingerprint, asked, self._settings]
         return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=20).hexdigest()
 
     async def find(self, run: Run, key: str) -> SearchReply | None:

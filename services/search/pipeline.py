@@ -96,7 +96,7 @@ class SearchPipeline:
         collection = await self._catalog.get(request.collection)
         run = Run(request, collection, deadline, self._observe, request.mode)
         condition, vector = _understood(run)
-        run.seq = self._ledger.heard_seq(collection.uuid)
+        run.seq, run.epoch = self._ledger.heard_seq(collection.uuid), self._ledger.epoch
         await self._wait_for(run)
         key = self._kept.key(run)
         if key is not None:

@@ -15,7 +15,7 @@ Observe = Callable[[str, float], None]
 
 @dataclass(slots=True)
 class Run:
-    """One search; *mode* is what really runs, *seq* the last operation that the ledger is known to have."""
+    """One search; *mode* is what really runs, *seq* the last operation that the ledger is known to have in *epoch*."""
 
     request: SearchRequest
     collection: Collection
@@ -23,6 +23,7 @@ class Run:
     observe: Observe
     mode: Mode
     seq: int = 0
+    epoch: str = ""
     degraded: list[Degradation] = field(default_factory=list)
     timings_ms: dict[str, float] = field(default_factory=dict)
     reranked_by: str | None = None

@@ -136,3 +136,10 @@ async def test_an_explained_search_passes_the_cache_by(stack):
     await stack.search()
     assert not (await stack.search(explain=True)).cache.hit
     assert not (await stack.search(explain=True)).cache.hit
+
+
+async def test_a_restored_ledger_ends_all_hits(stack):
+    """Operation numbers of another stretch of history mean other contents, so its answers are not given."""
+    await stack.search()
+    stack.ledger.epoch = "second"
+    assert not (await stack.search()).cache.hit

@@ -1,49 +1,16 @@
 """One SQLite file for the ledger: who holds it, how it is opened, and what its errors mean."""
 
-import fcntl
 import os
 from pathlib import Path
 
 import apsw
 
-from services.common.errors import Conflict, Internal, TercetError, TooLarge, Unavailable
+from services.common.errors import Internal, TercetError, TooLarge, Unavailable
 
 BUSY_TIMEOUT_MS = 5_000
 PAGE_BYTES = 8192
 CACHE_BYTES = 32 * 2**20
 WAL_LIMIT_BYTES = 64 * 2**20
-
-
-class FileLock:
-    """An exclusive claim on a path, held in `<path>.lock` by this process until `release`, or until it dies."""
-
-    def __init__(self, path: Path) -> None:
-        """
-        Claim *path*.
-
-        Raises:
-            Conflict: Another holder has it; the message names its process.
-        """
-        lock_path = path.with_name(path.name + ".lock")
-        self._fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(self._fd)
-            raise Conflict(
-                f"The ledger {path} is in use by process {holder}: stop that process, or choose another data directory"
-            ) from error
-        except OSError:
-            os.close(self._fd)
-            raise
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(os.getpid()).encode("ascii"), 0)
-
-    def release(self) -> None:
-        """Give the claim up. The file stays: removing it would race with the next holder."""
-        os.ftruncate(self._fd, 0)
-        os.close(self._fd)
 
 
 def connect(path: Path, *, readonly: bool = False, vfs: str | None = None) -> apsw.Connection:

@@ -13,8 +13,9 @@ import structlog
 
 from services.common.errors import NotReady
 from services.common.tracing import span
+from services.search.claim import Claim
 from services.search.ledger import catalogue, epochs, rows
-from services.search.ledger.connection import FileLock, connect, explain, sync_directory
+from services.search.ledger.connection import connect, explain, sync_directory
 from services.search.ledger.schema import migrate
 from services.search.ledger.writer import Writer
 from services.search.ports import (
@@ -36,23 +37,23 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What an open ledger holds: its lock, the writer's connection and the readers'."""
+    """What an open ledger holds: its claim, the writer's connection and the readers'."""
 
-    lock: FileLock
+    claim: Claim
     epoch: str
     writer: apsw.Connection
     readers: tuple[apsw.Connection, ...]
     seqs: dict[str, int]
 
     def close(self) -> None:
-        """Close the connections, the writer last (it then folds the WAL into the file), and give up the lock."""
+        """Close the connections, the writer last (it then folds the WAL into the file), and give up the claim."""
         _close_all((*self.readers, self.writer))
-        self.lock.release()
+        self.claim.release()
 
 
 def _open_file(path: Path, vfs: str | None) -> _File:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    claim = Claim(path, what="ledger")
     opened: list[apsw.Connection] = []
     try:
         opened.append(connect(path, vfs=vfs))
@@ -63,9 +64,9 @@ def _open_file(path: Path, vfs: str | None) -> _File:
         seqs = catalogue.positions(opened[0])
     except BaseException:
         _close_all(opened)
-        lock.release()
+        claim.release()
         raise
-    return _File(lock, epoch, opened[0], tuple(opened[1:]), seqs)
+    return _File(claim, epoch, opened[0], tuple(opened[1:]), seqs)
 
 
 def _close_all(connections: Iterable[apsw.Connection]) -> None:

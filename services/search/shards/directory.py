@@ -3,9 +3,9 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from services.search.claim import Claim
 from services.search.ports import Collection, ShardStanding
 from services.search.shards import files
-from services.search.shards.claim import Claim
 from services.search.shards.files import Damaged
 from services.search.shards.local import LocalShard
 from services.search.shards.pace import Pace

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import structlog
 
 from services.common.errors import BackendFailed, NotReady, TercetError
+from services.search.claim import Claim
 from services.search.ports import (
     AuditReport,
     Collection,
@@ -26,7 +27,6 @@ from services.search.ports import (
     ShardStanding,
 )
 from services.search.shards.audit import Audit
-from services.search.shards.claim import Claim
 from services.search.shards.opening import Opened, SnapshotOrigin, open_shard
 from services.search.shards.pace import GivenUp
 from services.search.shards.threads import ShardThreads, Turns
