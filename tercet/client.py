@@ -157,11 +157,11 @@ class TercetClient(Transport):
 
     async def get_document(self, collection: str, document_id: str) -> StoredDocument:
         """Return a document as it is kept."""
-        return await self._call("GET", f"{_path(collection)}/documents/{quote(document_id, safe='')}", StoredDocument)
+        return await self._call("GET", f"{_document_path(collection, document_id)}", StoredDocument)
 
     async def delete_document(self, collection: str, document_id: str) -> DeleteReply:
         """Delete a document; `deleted` is 0 when there was none."""
-        return await self._call("DELETE", f"{_path(collection)}/documents/{quote(document_id, safe='')}", DeleteReply)
+        return await self._call("DELETE", f"{_document_path(collection, document_id)}", DeleteReply)
 
     async def delete_documents(
         self,
@@ -182,7 +182,7 @@ class TercetClient(Transport):
         """Set the fields of *metadata*, and remove those that are None; text and vector stay."""
         body = {"metadata": dict(metadata)} | _given({"if_seq": if_seq})
         return await self._call(
-            "PATCH", f"{_path(collection)}/documents/{quote(document_id, safe='')}", PatchReply, body=body
+            "PATCH", f"{_document_path(collection, document_id)}", PatchReply, body=body
         )
 
     async def export_documents(
@@ -278,7 +278,16 @@ class TercetClient(Transport):
 
 
 def _path(collection: str) -> str:
-    return f"/collections/{quote(collection, safe='')}"
+    return f"/collections/{_segment(collection)}"
+
+
+def _document_path(collection: str, document_id: str) -> str:
+    return f"{_path(collection)}/documents/{_segment(document_id)}"
+
+
+def _segment(name: str) -> str:
+    """Return *name* as one segment of a path; `.` and `..` too, which would otherwise be taken for steps up."""
+    return name.replace(".", "%2E") if name in (".", "..") else quote(name, safe="")
 
 
 def _as_dict(document: Document | DocumentDict) -> dict[str, Any]:

@@ -8,11 +8,12 @@ it, so tests pass another `build` instead of patching. Requests are refused with
 import asyncio
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -333,6 +334,14 @@ def serve(app: FastAPI) -> int:
     return 0 if server.started else 1
 
 
+def _allow_all_files() -> None:
+    """Raise the limit of open files as far as the process may: the usual soft limit is for programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run_service(name: str, settings_class: type[S], create_app: Callable[[S], FastAPI]) -> None:
     """The body of every service's `__main__`: read settings, log, serve, exit."""
     try:
@@ -342,6 +351,7 @@ def run_service(name: str, settings_class: type[S], create_app: Callable[[S], Fa
     except SettingsError as error:
         sys.stderr.write(f"{name}: the settings are wrong\n{error}\n")
         raise SystemExit(2) from None
+    _allow_all_files()
     # uvicorn re-raises the signal that stopped it once it is done; a clean stop has exit status 0 all the same.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))

@@ -36,7 +36,7 @@ class Reader:
         self._with_vector: set[str] = set()
 
     async def read(self, entries: Iterable[Ranked], stage: str, *, vectors: bool = False) -> dict[str, ShardDocument]:
-        """Return the documents of *entries* by id; those replaced or deleted since they were found are missing."""
+        """Return the documents of *entries* by id; as they are now: those deleted since they were found are missing."""
         candidates = [entry.candidate for entry in entries]
         missing = [c for c in candidates if c.id not in (self._with_vector if vectors else self._known)]
         if missing:

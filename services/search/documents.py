@@ -17,6 +17,7 @@ from services.search.ports import MetadataValue, Metric, Vector
 
 MAX_LENGTH = 1e18  # Of a vector that is not scaled: its square, and that of a difference, are finite in float32.
 MIN_LENGTH = 1e-12
+UNIT_TOLERANCE = 5e-7  # More than rounding to float32 takes off or adds.
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_ID_SHOWN = 100
 
@@ -91,6 +92,8 @@ def own_vector(given: Given, dim: int | None, metric: Metric, param: str = "vect
     """
     Return a caller's own vector as float32: at unit length for the metric cosine, else as it is.
 
+    A vector of unit length comes back to the bit, so that what was read from a ledger can be written again.
+
     *given* is a sequence of numbers or little-endian float32 bytes. Raises InvalidInput, naming *param*, for a wrong
     dimension, values that are no finite float32 numbers, one without direction (cosine), or one over 1e18 long.
     """
@@ -104,7 +107,8 @@ def own_vector(given: Given, dim: int | None, metric: Metric, param: str = "vect
     if metric == "cosine":
         if not MIN_LENGTH <= length < np.inf:
             raise InvalidInput(f"{param}: must have finite float32 values that are not all zero", param=param)
-        return np.asarray(exact / length, dtype=np.float32)
+        is_unit = abs(length - 1.0) < UNIT_TOLERANCE
+        return np.asarray(exact if is_unit else exact / length, dtype=np.float32)
     if not length <= MAX_LENGTH:
         raise InvalidInput(f"{param}: must have finite values, and a length of at most {MAX_LENGTH:g}", param=param)
     return exact.astype(np.float32)

@@ -9,6 +9,7 @@ from services.search.ports import Candidate, LexicalStatistics
 
 RRF_K = 60
 BM25_K1 = 1.2
+ROUNDING = 1e-6  # Shards score in float32: equal scores may differ in their last places.
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +93,12 @@ def blend(ranked: Sequence[Ranked], scores: Sequence[float | None], *, weight: f
 
 
 def standardize(scores: Sequence[float]) -> list[float]:
-    """Return *scores* with mean 0 and deviation 1; all zero where they do not differ."""
+    """Return *scores* with mean 0 and deviation 1; all zero where they differ by no more than rounding to float32."""
     if not scores:
         return []
     mean = math.fsum(scores) / len(scores)
     deviation = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / len(scores))
-    if deviation < 1e-9:
+    if deviation <= ROUNDING * max(map(abs, scores)):
         return [0.0] * len(scores)
     return [(score - mean) / deviation for score in scores]
 

@@ -1,7 +1,7 @@
 """The search service's settings, read from SEARCH_* variables and REDIS_URL."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, model_validator
@@ -10,6 +10,8 @@ from pydantic_settings import SettingsConfigDict
 from services.common.settings import ServiceSettings
 from services.common.wire.base import CollectionName
 
+NODE_PORT = 8010
+
 
 class SearchSettings(ServiceSettings):
     """See docs/settings.md for the list with defaults."""
@@ -17,7 +19,7 @@ class SearchSettings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="SEARCH_")
 
     listen_port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        default=8000, description="Port to listen on; 0 picks one."
+        default=8000, description="Port to listen on; 0 picks one. Shard and fallback nodes listen on 8010 by default."
     )
     data_dir: Path = Field(default=Path(".tercet/search"), description="Where the ledger and the shards live.")
     role: Literal["all", "router", "shard", "fallback"] = Field(
@@ -137,6 +139,13 @@ class SearchSettings(ServiceSettings):
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.path:
                 raise ValueError(f"SEARCH_SHARD_NODES: a node is written http://name:port, and not {url!r}")
         return nodes
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nodes_have_a_port_of_their_own(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("role") in ("shard", "fallback"):
+            return {"listen_port": NODE_PORT, **given}
+        return given
 
     @model_validator(mode="after")
     def _role_has_what_it_needs(self) -> Self:

@@ -220,3 +220,14 @@ def test_a_reranker_that_makes_no_difference_leaves_the_order():
 def test_equal_blended_scores_go_by_id():
     """Ties of the last order are broken by id too."""
     assert ids(blend(ranked_by(b=1.0, a=1.0), [0.5, 0.5], weight=0.5)) == ["a", "b"]
+
+
+def test_scores_that_differ_by_rounding_alone_are_equal():
+    """Shards score in float32: a tie in BM25 that differs in its last place must not outweigh the dense scores."""
+    assert standardize([0.875469, 0.875469 * (1 + 1e-7), 0.875469]) == [0.0, 0.0, 0.0]
+    found = [
+        Candidate("a", 0, 0, 1.0, 0.875469),
+        Candidate("c", 1, 0, 0.7071, 0.875469 * (1 + 1e-7)),
+        Candidate("b", 2, 0, 0.0, None),
+    ]
+    assert ids(fuse(found, method="standardized", dense_weight=0.65)) == ["a", "c", "b"]

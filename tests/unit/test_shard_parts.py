@@ -11,8 +11,8 @@ import pytest
 from pyroaring import BitMap
 
 from services.common.errors import Conflict
-from services.search.shards import files
 from services.search.claim import Claim
+from services.search.shards import files
 from services.search.shards.files import Damaged
 from services.search.shards.ids import IdArena
 from services.search.shards.store import ShardStore, StoreMark

@@ -51,6 +51,13 @@ def _not_blank(value: str) -> str:
     return value
 
 
+def _not_a_dot_segment(value: str) -> str:
+    """Refuse what HTTP clients take out of a path (RFC 3986, 5.2.4): the request would be for something else."""
+    if value in (".", ".."):
+        raise PydanticCustomError("dot_segment", "must not be '.' or '..', which cannot be part of a path")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_storable)]
 QueryText = Annotated[
     str, StringConstraints(max_length=MAX_QUERY_CHARS), AfterValidator(_storable), AfterValidator(_not_blank)
@@ -62,7 +69,11 @@ InputText = Annotated[
     str, StringConstraints(max_length=MAX_INPUT_CHARS), AfterValidator(_storable), AfterValidator(_not_blank)
 ]
 DocumentId = Annotated[
-    str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_storable), AfterValidator(_not_blank)
+    str,
+    StringConstraints(min_length=1, max_length=MAX_ID_CHARS),
+    AfterValidator(_storable),
+    AfterValidator(_not_blank),
+    AfterValidator(_not_a_dot_segment),
 ]
 CollectionName = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_COLLECTION_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")

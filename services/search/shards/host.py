@@ -150,8 +150,9 @@ class LocalHost:
         """See ShardHost."""
         hosted = self._open.get(collection.uuid) or await self._hosted(collection, deadline)
         with hosted.using(shard) as (slot, found):
+            behind = slot.catching_up  # Before: the answer is of what the shard had when the search began.
             answer = await found.search(query)
-            return replace(answer, catching_up=True) if slot.catching_up else answer
+            return replace(answer, catching_up=True) if behind else answer
 
     async def fetch(
         self, collection: Collection, shard: int, ids: Sequence[str], deadline: Deadline, *, vectors: bool = False
@@ -172,8 +173,12 @@ class LocalHost:
     async def wait_applied(self, collection: Collection, shard: int, seq: int, deadline: Deadline) -> bool:
         """See ShardHost. False too when the collection's end came first."""
         hosted = self._open.get(collection.uuid) or await self._hosted(collection, deadline)
-        hosted.used_at = _now()
-        return await hosted.follower.wait_applied(shard, seq, _seconds(deadline))
+        hosted.users += 1  # While somebody waits for a collection it is not idle.
+        try:
+            return await hosted.follower.wait_applied(shard, seq, _seconds(deadline))
+        finally:
+            hosted.users -= 1
+            hosted.used_at = _now()
 
     async def standings(self, collection: Collection, deadline: Deadline) -> list[ShardStanding]:
         """See ShardHost. A collection that is closed for being idle is not opened; it stands where its snapshots do."""

@@ -1,7 +1,7 @@
 """FAISS indexes over one byte for each dimension, built in short steps from vectors that are read in slices."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,43 @@ def build_index(
         index = faiss.IndexScalarQuantizer(dim, eight_bits, number)
         _set_bounds(index, bounds)
     index.is_trained = True
-    for vectors in read(_GRAPH_ROWS if kind == "hnsw" else _CODED_ROWS):
+    if kind == "hnsw":
+        add_to_graph(index, count, read, pace)
+        return index
+    for vectors in read(_CODED_ROWS):
         index.add(vectors)
         pace()
     return index
+
+
+def add_to_graph(index: Any, count: int, read: Read, pace: Pace) -> None:
+    """Add what *read* yields to a graph, which will have *count* vectors then."""
+    links = index.hnsw.nb_neighbors(0) + 2  # with those of the upper levels
+    # Room for all at once: growing by doubling, it would take twice as much, and three times while it is copied.
+    for grown, size in ((faiss.downcast_index(index.storage).codes, index.d), (index.hnsw.neighbors, links)):
+        done = grown.size()
+        grown.resize(max(done, count * size))
+        grown.resize(done)
+    for vectors in read(_GRAPH_ROWS):
+        index.add(vectors)
+        pace()
+
+
+def clamped_share(index: Any, vectors: Iterable[Vectors]) -> float:
+    """
+    Return by what a graph's codes lose more of *vectors* for their bounds, relative to what rounding loses.
+
+    It is the sum of squared distances to the bounds of the values outside of them, divided by that of rounding
+    evenly spread values to the nearest of 256: a twelfth of the squared step for each.
+    """
+    least, greatest = bounds_of(faiss.downcast_index(index.storage))
+    rounding = float(((greatest - least) / 255) @ ((greatest - least) / 255)) / 12
+    outside = rows = 0.0
+    for part in vectors:
+        beyond = part - np.clip(part, least, greatest)
+        outside += float(np.vdot(beyond, beyond))
+        rows += len(part)
+    return outside / max(rows * rounding, np.finfo(np.float64).tiny)
 
 
 def bounds_of(index: Any) -> Bounds:

@@ -19,13 +19,14 @@ from pyroaring import BitMap
 
 from services.search.ports import Metric
 from services.search.shards import files as disk
-from services.search.shards.vectors import building
-from services.search.shards.vectors.building import Built, Job
+from services.search.shards.vectors import building, tiers
+from services.search.shards.vectors.building import Built
 from services.search.shards.vectors.codes import Pace
 from services.search.shards.vectors.metrics import Vectors
 from services.search.shards.vectors.planning import VectorOptions
 from services.search.shards.vectors.segments import Segment
-from services.search.shards.vectors.storage import check_files, open_segment, read_tail, recorded, write_array
+from services.search.shards.vectors.storage import check_files, open_segment, read_tail, write_array
+from services.search.shards.vectors.tiers import Job
 from services.search.shards.vectors.view import VectorView
 
 _FORMAT = 1
@@ -109,7 +110,7 @@ class VectorIndex:
 
     def due(self, live: BitMap, *, idle: bool) -> Job | None:
         """Return what maintenance should do now: seal, rebuild what is dead to a fifth, merge (into one when *idle*)."""
-        return building.due(self._sealed, live, self._options, idle=idle)
+        return tiers.due(self._sealed, live, self._options, idle=idle)
 
     def build(self, job: Job, live: BitMap, pace: Pace) -> Built:
         """
@@ -238,8 +239,9 @@ class VectorIndex:
         """Write *vectors* as a file, which `collect` leaves alone until its name, added to *stems*, is forgotten."""
         stems.append(self._new_stem())
         name = f"{stems[-1]}.f32"
-        write_array(self._directory / name, vectors)
-        return name, recorded(self._directory, [name], lambda: None)[name]
+        facts = write_array(self._directory / name, vectors)
+        disk.sync_directory(self._directory)
+        return name, facts
 
     def _new_stem(self) -> str:
         """Return a name that no file has had, also not in an earlier life of this directory."""
