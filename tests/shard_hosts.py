@@ -222,6 +222,12 @@ class DictionaryShard:
         self.to_maintain -= 1
         return self.to_maintain >= 0
 
+    @property
+    def changed(self) -> bool:
+        """Whether anything was applied since the last snapshot."""
+        kept = self.kept.get(self.number)
+        return self.applied_seq > 0 and (kept is None or kept.origin.seq != self.applied_seq)
+
     async def snapshot(self, epoch: str) -> int:
         if self.snapshot_error:
             raise self.snapshot_error

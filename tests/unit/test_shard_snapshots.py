@@ -140,6 +140,25 @@ async def test_nothing_is_written_where_nothing_moved(open_shard, tmp_path):
     await shard.aclose()
 
 
+async def test_what_maintenance_made_is_worth_a_snapshot(open_shard, tmp_path):
+    """Merged segments are a change without an operation: a start from an older snapshot would merge them again."""
+    shard = open_shard(tmp_path)
+    assert not shard.changed
+    await shard.apply(FIRST, 30)
+    assert shard.changed
+    assert await shard.snapshot("e1") == 30
+    assert not shard.changed
+    while await shard.maintain(idle=True):
+        assert shard.changed
+    assert await shard.snapshot("e1") == 30
+    assert not shard.changed
+    await shard.aclose()
+    shard = open_shard(tmp_path)
+    assert not shard.changed
+    assert not await shard.maintain(idle=True)
+    await shard.aclose()
+
+
 async def test_writes_go_on_while_a_snapshot_is_written(open_shard, tmp_path):
     """What is applied meanwhile is not in the snapshot, which is of one moment."""
     shard = open_shard(tmp_path)

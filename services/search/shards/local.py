@@ -154,6 +154,14 @@ class LocalShard:
         """Return up to *limit* live documents that match *filter*, the longest unchanged first."""
         return await self._read(lambda: self._contents.matching(filter, limit))
 
+    @property
+    def changed(self) -> bool:
+        """Whether a snapshot would hold anything that the last one does not: operations, or what maintenance made of them."""
+        contents = self._contents
+        if contents.view.applied_seq == 0:
+            return False
+        return (contents.view.applied_seq, contents.generation) != (self._snapshot_seq, self._snapshot_generation)
+
     async def maintain(self, *, idle: bool) -> bool:
         """
         Do one piece of what is due (seal, merge, rebuild, fold); False when nothing was.
@@ -164,7 +172,9 @@ class LocalShard:
             GivenUp: The pace said so.
         """
         async with self._maintaining:
-            worked = await self._maintain_vectors(idle) or await self._maintain_lexical(idle)
+            # Both: while much is written there is always something to do for vectors.
+            vectors, words = await self._maintain_vectors(idle), await self._maintain_lexical(idle)
+            worked = vectors or words
             if worked:
                 await self._write("remove old files", self._collect)
             return worked
@@ -177,8 +187,7 @@ class LocalShard:
         """
         async with self._snapshotting:
             contents = self._contents
-            unchanged = contents.generation == self._snapshot_generation
-            if unchanged and contents.view.applied_seq == self._snapshot_seq:
+            if not self.changed:
                 return self._snapshot_seq
             path = await self._aside("begin a snapshot", self._snapshots.begin)
             frozen = await self._write("freeze its state", lambda: contents.freeze(path / "lexical"))

@@ -90,7 +90,7 @@ class Upkeep:
             _now() - self.history(follower.collection.uuid, slot.number).made_at
             for follower in self._followers()
             for slot in follower.slots.values()
-            if self._changes(follower, slot) > 0
+            if self._changed(follower, slot)
         ]
         return max(ages, default=0.0)
 
@@ -106,7 +106,7 @@ class Upkeep:
     async def snapshot_changed(self, follower: Follower) -> None:
         """Write a snapshot of each shard that changed since its last; what fails is logged."""
         for slot in follower.slots.values():
-            if self._changes(follower, slot) > 0:
+            if self._changed(follower, slot):
                 await self._try_snapshot(follower, slot)
 
     # --- in the background
@@ -155,12 +155,15 @@ class Upkeep:
             history.newest_seq = history.older_seq = 0
         return slot.applied_seq - history.newest_seq
 
+    def _changed(self, follower: Follower, slot: Slot) -> bool:
+        # Merged segments are worth a snapshot too: a start from an older one has to merge them again.
+        return self._changes(follower, slot) > 0 or (slot.shard is not None and slot.shard.changed)
+
     def _due(self, follower: Follower, slot: Slot) -> bool:
-        changes = self._changes(follower, slot)
         history = self.history(follower.collection.uuid, slot.number)
-        if changes <= 0 or history.resting_until > _now():
+        if history.resting_until > _now() or not self._changed(follower, slot):
             return False
-        return changes >= self._operations or _now() - history.made_at >= self._interval_s
+        return self._changes(follower, slot) >= self._operations or _now() - history.made_at >= self._interval_s
 
     async def _try_snapshot(self, follower: Follower, slot: Slot) -> None:
         try:
