@@ -1,4 +1,4 @@
-"""A search service as a process of its own."""
+"""The search service as a process of its own: started, asked, stopped, killed."""
 
 import http.client
 import os
@@ -7,60 +7,98 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-_START_PATIENCE_S = 60.0
+START_PATIENCE_S = 60.0
 
 
 class SearchProcess:
-    """`python -m services.search` on *data_dir* and a free port; *environ* are more variables for it."""
+    """
+    `python -m services.search` on *data_dir* and a free port, with *environ* besides; writes *log*, beside the directory.
 
-    def __init__(self, data_dir: Path, **environ: str) -> None:
+    Nothing is started before `start` or `spawn`.
+    """
+
+    def __init__(self, data_dir: Path, log: Path | None = None, **environ: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+            self.port: int = probe.getsockname()[1]
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("SEARCH_")}
-        own = {"SEARCH_DATA_DIR": str(data_dir), "SEARCH_LISTEN_PORT": str(self._port)}
-        self._environ = {**inherited, **own, **environ}
-        self.log = data_dir.with_suffix(".log")
+        inherited.pop("REDIS_URL", None)
+        own = {"SEARCH_DATA_DIR": str(data_dir), "SEARCH_LISTEN_PORT": str(self.port)}
+        self.environ = {**inherited, **own, **environ}
+        self.data_dir = data_dir
+        self.log = log or data_dir.with_name(f"{data_dir.name}.log")
+        self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start it and wait until it is ready."""
+    @property
+    def pid(self) -> int:
+        """The running process's number."""
+        assert self.process is not None
+        return self.process.pid
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        """Start it and do not wait."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "services.search"]
-            self._process = subprocess.Popen(command, env=self._environ, stdout=log, stderr=log)
-        give_up_at = time.monotonic() + _START_PATIENCE_S
-        while time.monotonic() < give_up_at and self._process.poll() is None:
+            self.process = subprocess.Popen(command, env=self.environ, stdout=log, stderr=log)
+        return self.process
+
+    def start(self) -> None:
+        """Start it and wait until it is ready."""
+        process = self.spawn()
+        give_up_at = time.monotonic() + START_PATIENCE_S
+        while time.monotonic() < give_up_at and process.poll() is None:
             with suppress(OSError, http.client.HTTPException):
                 if self.call("GET", "/readyz")[0] == 200:
                     return
             time.sleep(0.02)
-        raise AssertionError(f"it did not start: {self.log.read_text(errors='replace')[-3000:]}")
+        raise AssertionError(f"it did not start: {self.written()[-3000:]}")
+
+    def written(self) -> str:
+        """Return its log so far."""
+        return self.log.read_text(errors="replace")
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
 
     def stop(self) -> None:
-        """End it in order."""
-        self._process.send_signal(signal.SIGTERM)
-        assert self._process.wait(60) == 0, self.log.read_text(errors="replace")[-3000:]
+        """End it as an operator does; it must end well."""
+        assert self.process is not None
+        self.process.terminate()
+        assert self.process.wait(60) == 0, self.written()[-3000:]
 
-    def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """Return the status and the JSON of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 60,
+    ) -> tuple[int, Any]:
+        """Return the status and the JSON of one request; bytes are sent as they are."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
-            content = None if body is None else orjson.dumps(body)
-            connection.request(method, path, content, {"content-type": "application/json"})
+            content = body if body is None or isinstance(body, bytes) else orjson.dumps(body)
+            connection.request(method, path, content, {"content-type": "application/json", **(headers or {})})
             reply = connection.getresponse()
             raw = reply.read()
             return reply.status, orjson.loads(raw) if raw else None
         finally:
             connection.close()
 
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
+    def ask(self, method: str, path: str, body: Any = None, **options: Any) -> Any:
         """Return the JSON of a request that must succeed."""
-        status, answer = self.call(method, path, body)
+        status, answer = self.call(method, path, body, **options)
         assert status < 300, (path, status, answer)
         return answer

@@ -7,26 +7,21 @@ SIGKILL at random moments while a real search service writes, seals, merges and 
 import http.client
 import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
+
+from tests.search_process import SearchProcess
 
 RUNS = int(os.environ.get("TERCET_CHAOS_RUNS", "10"))
 SEED = int(os.environ.get("TERCET_CHAOS_SEED", "1"))
 DIM = 24
 IDS = 1500
 WRITERS = 2
-START_PATIENCE_S = 60.0
 
 # So small that a second of writing seals, merges and writes snapshots many times.
 SMALL = {
@@ -64,59 +59,6 @@ class Model:
     def possible(self, id_):
         """Return the versions that the document may have now."""
         return self.versions.get(id_, {None})
-
-
-class Service:
-    """The search service as a process that is killed and started again on the same data."""
-
-    def __init__(self, data_dir: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self._environ = {**os.environ, **SMALL, "SEARCH_DATA_DIR": str(data_dir), "SEARCH_LISTEN_PORT": str(self.port)}
-        self._log = data_dir.with_suffix(".log")
-
-    def start(self):
-        """Start it and wait until it answers."""
-        with self._log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.search"], env=self._environ, stdout=log, stderr=log
-            )
-        give_up_at = time.monotonic() + START_PATIENCE_S
-        while time.monotonic() < give_up_at and self.process.poll() is None:
-            with suppress(OSError, http.client.HTTPException):
-                if self.call("GET", "/readyz")[0] == 200:
-                    return
-            time.sleep(0.02)
-        raise AssertionError(f"it did not start: {self._log.read_text(errors='replace')[-3000:]}")
-
-    def kill(self):
-        """End it as a crash does."""
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def stop(self):
-        """End it as an operator does; it must end well."""
-        self.process.terminate()
-        assert self.process.wait(60) == 0
-
-    def call(self, method, path, body=None, *, timeout_s=60):
-        """Return the status and the JSON of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
-        try:
-            content = None if body is None else orjson.dumps(body)
-            connection.request(method, path, content, {"content-type": "application/json"})
-            reply = connection.getresponse()
-            raw = reply.read()
-            return reply.status, orjson.loads(raw) if raw else None
-        finally:
-            connection.close()
-
-    def ask(self, method, path, body=None):
-        """Return the JSON of a request that must succeed."""
-        status, answer = self.call(method, path, body)
-        assert status < 300, (path, status, answer)
-        return answer
 
 
 def write_until(stop, service, model, random_, ids):
@@ -191,7 +133,7 @@ def test_nothing_acknowledged_is_lost_by_kills(tmp_path):
     """After each SIGKILL the service starts again by itself, has every acknowledged write, and its audit is clean."""
     random_ = random.Random(SEED)
     model = Model()
-    service = Service(tmp_path / "data")
+    service = SearchProcess(tmp_path / "data", **SMALL)
     service.start()
     service.ask("POST", "/collections", {"name": "c", "dim": DIM, "shards": 2})
     for run in range(RUNS):
