@@ -1,6 +1,5 @@
 """The collections there are: created, found by name or alias, described, deleted."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,16 @@ from services.common.deadline import Deadline
 from services.common.errors import Conflict, InvalidInput, NotFound, Unavailable
 from services.common.wire.collections import CollectionReply, CollectionStats, ShardStats
 from services.search.names import KnownNames
-from services.search.ports import AttributeKind, Collection, EmbeddingClient, Ledger, Metric, Retriever
+from services.search.ports import (
+    AttributeKind,
+    Collection,
+    CollectionState,
+    EmbeddingClient,
+    Ledger,
+    Metric,
+    Retriever,
+    ShardStanding,
+)
 
 OWN_VECTORS = "own-vectors"
 
@@ -167,10 +175,16 @@ class Catalog:
             return [], error.message
 
     async def stats(self, collection: Collection, deadline: Deadline) -> CollectionStats:
-        """Return how the collection's ledger and its shards stand; hosts that do not answer are missing."""
-        state, standings = await asyncio.gather(
-            self._ledger.state(collection.uuid), self._retriever.standings(collection, deadline)
-        )
+        """
+        Return how the collection's ledger and its shards stand; hosts that do not answer are missing.
+
+        While the ledger cannot be read, what was last heard of it stands in, and the documents that the shards hold.
+        """
+        standings = await self._retriever.standings(collection, deadline)
+        try:
+            state = await self._ledger.state(collection.uuid)
+        except Unavailable:
+            state = CollectionState(self._ledger.heard_seq(collection.uuid), _held(standings))
         return CollectionStats(
             collection=collection.name,
             documents=state.documents,
@@ -200,6 +214,14 @@ class Catalog:
             aliases=sorted(alias for alias, name in aliases.items() if name == collection.name),
             created_at=collection.created_at,
         )
+
+
+def _held(standings: Mapping[str, Sequence[ShardStanding]]) -> int:
+    """Return how many documents the shards have, each by its fullest replica."""
+    fullest: dict[int, int] = {}
+    for standing in (standing for shards in standings.values() for standing in shards):
+        fullest[standing.shard] = max(standing.documents, fullest.get(standing.shard, 0))
+    return sum(fullest.values())
 
 
 def differences(found: Collection, wanted: CollectionSettings) -> list[str]:

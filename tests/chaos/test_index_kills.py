@@ -22,6 +22,7 @@ SEED = int(os.environ.get("TERCET_CHAOS_SEED", "1"))
 DIM = 24
 IDS = 1500
 WRITERS = 2
+CATCH_UP_PATIENCE_S = 60.0
 
 # So small that a second of writing seals, merges and writes snapshots many times.
 SMALL = {
@@ -105,6 +106,15 @@ def snapshots_until(stop, service, random_):
             service.call("POST", "/collections/c/snapshot")
 
 
+def caught_up(service, search):
+    """Return the answer to *search*, asked again for as long as it says that shards are catching up."""
+    give_up_at = time.monotonic() + CATCH_UP_PATIENCE_S
+    while True:
+        answer = service.ask("POST", "/search", search)
+        if "catching_up" not in answer["degraded"] or time.monotonic() > give_up_at:
+            return answer
+
+
 def check(service, model, random_):
     """Every acknowledged document is found by id, by its word and by its vector; what is gone is not."""
     settled = list(model.versions)
@@ -114,14 +124,17 @@ def check(service, model, random_):
         found = int(document["text"].split()[0][1:-1].split("x")[1]) if status == 200 else None
         assert found in model.possible(id_), (id_, found, model.possible(id_))
         model.versions[id_] = {found}  # From here on it is known.
-        ask = {"collection": "c", "k": 1, "rerank": False, "min_seq": model.seq, "cache": False}
         if found is None:
             continue
+        # An unanswered write may be later than any answered one.
+        seq = max(model.seq, document["seq"])
         for question in (
             {"query": word_of(id_, found), "mode": "lexical"},
             {"query_vector": vector_of(id_, found), "mode": "dense"},
         ):
-            answer = service.ask("POST", "/search", {**ask, **question})
+            answer = caught_up(
+                service, {"collection": "c", "k": 1, "rerank": False, "min_seq": seq, "cache": False, **question}
+            )
             assert [hit["id"] for hit in answer["hits"]] == [str(id_)], (id_, found, question, answer)
             assert "shards_partial" not in answer["degraded"], answer
     model.touched.clear()

@@ -8,9 +8,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from services.common.deadline import NO_DEADLINE
 from services.common.errors import Unavailable
 from services.search import routes
-from services.search.ports import EmbeddingModel
+from services.search.ports import EmbeddingModel, ShardStanding
 from tests.integration.conftest import serving
 from tests.write_stack import WriteStack, write_app, write_stack
 
@@ -314,3 +315,18 @@ async def test_the_overview_outlives_the_ledger(http, stack):
     found, trouble = await stack.catalog.overview()
     assert found == []
     assert "closed" in trouble
+
+
+async def test_stats_outlive_the_ledger(http, stack, monkeypatch):
+    """What was last heard of the ledger stands in for it, with the documents of each shard's fullest replica."""
+    await write(http, "v1", a="one", b="two")
+    collection = await stack.catalog.get("v1")
+    held = {"here": [ShardStanding(0, 2, 1), ShardStanding(1, 2, 1)], "there": [ShardStanding(0, 1, 0)]}
+
+    async def standings(collection, deadline):
+        return held
+
+    monkeypatch.setattr(stack.shards, "standings", standings)
+    await stack.ledger.aclose()
+    stats = await stack.catalog.stats(collection, NO_DEADLINE)
+    assert (stats.documents, stats.seq, sorted(stats.hosts)) == (2, 2, ["here", "there"])
