@@ -157,11 +157,11 @@ class TercetClient(Transport):
 
     async def get_document(self, collection: str, document_id: str) -> StoredDocument:
         """Return a document as it is kept."""
-        return await self._call("GET", f"{_document_path(collection, document_id)}", StoredDocument)
+        return await self._call("GET", _document_path(collection, document_id), StoredDocument)
 
     async def delete_document(self, collection: str, document_id: str) -> DeleteReply:
         """Delete a document; `deleted` is 0 when there was none."""
-        return await self._call("DELETE", f"{_document_path(collection, document_id)}", DeleteReply)
+        return await self._call("DELETE", _document_path(collection, document_id), DeleteReply)
 
     async def delete_documents(
         self,
@@ -181,9 +181,7 @@ class TercetClient(Transport):
     ) -> PatchReply:
         """Set the fields of *metadata*, and remove those that are None; text and vector stay."""
         body = {"metadata": dict(metadata)} | _given({"if_seq": if_seq})
-        return await self._call(
-            "PATCH", f"{_document_path(collection, document_id)}", PatchReply, body=body
-        )
+        return await self._call("PATCH", _document_path(collection, document_id), PatchReply, body=body)
 
     async def export_documents(
         self, collection: str, *, filter: Mapping[str, Any] | None = None, vectors: bool = False
