@@ -52,6 +52,11 @@ class MemoryLedger:
         self.heard: int | None = None
         self.down = False
         self.asked = 0
+        self.past: set[str] = set()
+
+    async def shares_history(self, uuid: str, epoch: str, seq: int) -> bool:
+        """Only the present epoch is this ledger's, and the one before it that ended in good order."""
+        return epoch in self.past
 
     async def find_collection(self, name: str) -> Collection | None:
         if self.down:

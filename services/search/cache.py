@@ -83,15 +83,15 @@ class RedisResultCache:
             return None
         head, _, body = raw.partition(b"\n")
         try:
-            as_of, created_at = orjson.loads(head)
-            return CacheEntry(int(as_of), float(created_at), body)
+            as_of, created_at, epoch = orjson.loads(head)
+            return CacheEntry(int(as_of), float(created_at), body, str(epoch))
         except (orjson.JSONDecodeError, ValueError, TypeError):
             log.warning("cache_entry_unreadable", key=key)
             return None
 
     async def put(self, key: str, entry: CacheEntry) -> None:
         """See ResultCache."""
-        raw = orjson.dumps([entry.as_of, entry.created_at]) + b"\n" + entry.body
+        raw = orjson.dumps([entry.as_of, entry.created_at, entry.epoch]) + b"\n" + entry.body
         await self._store.attempt(lambda redis: redis.set(KEY_PREFIX + key, raw, px=self._ttl_ms))
 
     async def aclose(self) -> None:

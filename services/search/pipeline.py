@@ -75,7 +75,7 @@ class SearchPipeline:
         self._retriever = retriever
         self._embedding = embedding
         self._rerank = rerank
-        self._kept = KeptAnswers(cache, astuple(options))
+        self._kept = KeptAnswers(cache, ledger, astuple(options))
         self._options = options
         self._highlighter = highlighter
         self._observe = observe

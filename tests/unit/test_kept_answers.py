@@ -139,7 +139,14 @@ async def test_an_explained_search_passes_the_cache_by(stack):
 
 
 async def test_a_restored_ledger_ends_all_hits(stack):
-    """Operation numbers of another stretch of history mean other contents, so its answers are not given."""
+    """Operation numbers of another history mean other contents, so its answers are not given."""
     await stack.search()
-    stack.ledger.epoch = "second"
+    stack.ledger.epoch = "restored"
     assert not (await stack.search()).cache.hit
+
+
+async def test_answers_outlive_a_restart(stack):
+    """An answer of an earlier stretch of the same history is as good as one of this."""
+    await stack.search()
+    stack.ledger.past, stack.ledger.epoch = {stack.ledger.epoch}, "second"
+    assert (await stack.search()).cache.hit

@@ -68,11 +68,12 @@ class RerankClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """A stored answer (the reply's JSON), the operation number it is true for, and when it was made (Unix time)."""
+    """A stored answer (the reply's JSON), the operation number and epoch it is true for, and when it was made (Unix time)."""
 
     as_of: int
     created_at: float
     body: bytes
+    epoch: str = ""
 
 
 class ResultCache(Protocol):
