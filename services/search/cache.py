@@ -84,7 +84,9 @@ class RedisResultCache:
         head, _, body = raw.partition(b"\n")
         try:
             as_of, created_at, epoch = orjson.loads(head)
-            return CacheEntry(int(as_of), float(created_at), body, str(epoch))
+            if not isinstance(epoch, str):
+                raise TypeError("an epoch is a string")
+            return CacheEntry(int(as_of), float(created_at), body, epoch)
         except (orjson.JSONDecodeError, ValueError, TypeError):
             log.warning("cache_entry_unreadable", key=key)
             return None
