@@ -50,7 +50,7 @@ class Stack:
     queries: Any
 
     async def load(self, rows: int) -> dict[str, float]:
-        """Write the first *rows* vectors with text and fields, and wait until nothing is left to build."""
+        """Write the first *rows* vectors with text and fields, wait until nothing is left to build, and take a snapshot."""
         began = time.perf_counter()
         writes: set[asyncio.Task[None]] = set()
         for start in range(0, rows, BATCH):
@@ -63,7 +63,10 @@ class Stack:
         seq = self.ledger.heard_seq(self.collection.uuid)
         await self.router.wait_applied(self.collection, seq, Deadline.after(_PATIENCE_S))
         loaded = time.perf_counter()
-        return {"load_s": loaded - began, "finish_s": await self._settle(loaded)}
+        finish_s = await self._settle(loaded)
+        built = time.perf_counter()
+        await self.router.snapshot(self.collection, Deadline.after(_PATIENCE_S))
+        return {"load_s": loaded - began, "finish_s": finish_s, "snapshot_s": time.perf_counter() - built}
 
     async def search(self, numbers: Sequence[int], limit: int, condition: Condition) -> dict[str, Any]:
         """Ask the questions one after the other."""

@@ -29,7 +29,7 @@ _PATIENCE_S = 900.0
 
 def bulk_load(effort: Effort, vectors: VectorSet, rows: int, scratch: Path) -> Row:
     """Load *rows* documents with vectors and text over HTTP, in both formats, each round into an empty service."""
-    rounds = max(1, min(3, effort.rounds))
+    rounds = min(2, effort.rounds)
     row = Row(
         "load",
         f"Bulk load of {rows:,} documents over HTTP: vector of {DIM} dimensions, 60 words, two fields",

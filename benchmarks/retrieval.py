@@ -105,7 +105,7 @@ def growth(vectors: VectorSet, sizes: Sequence[int], queries: int, scratch: Path
         "growth",
         "Cost as the rows grow, one shard",
         f"{queries} questions without a filter one after the other; ready is from the start of the process to its first "
-        "answer, from the snapshot that closing wrote; memory after that. To reach at 1,000,000: p50 ≤ 1 ms in the shard "
+        "answer, from the snapshot; memory after that. To reach at 1,000,000: p50 ≤ 1 ms in the shard "
         "at recall ≥ .95, anonymous memory ≤ 1,200 MB, ready ≤ 10 s.",
         (
             "rows",
