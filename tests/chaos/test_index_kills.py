@@ -142,31 +142,43 @@ def check(service, model, random_):
     assert audits["clean"], audits
 
 
-def test_nothing_acknowledged_is_lost_by_kills(tmp_path):
-    """After each SIGKILL the service starts again by itself, has every acknowledged write, and its audit is clean."""
-    random_ = random.Random(SEED)
-    model = Model()
+@pytest.fixture
+def service(tmp_path):
+    """Yield the search service with an empty collection; whatever runs at the end is killed."""
     service = SearchProcess(tmp_path / "data", **SMALL)
     service.start()
     service.ask("POST", "/collections", {"name": "c", "dim": DIM, "shards": 2})
+    yield service
+    service.kill()
+
+
+def kill_amid_writes(service, model, random_):
+    """Let writers and snapshots run for a moment, and kill the service."""
+    stop = threading.Event()
+    # Each writer has ids of its own, so that the order of its writes is the order of its answers.
+    threads = [
+        threading.Thread(
+            target=write_until,
+            args=(stop, service, model, random.Random(random_.random()), list(range(writer, IDS, WRITERS))),
+        )
+        for writer in range(WRITERS)
+    ]
+    threads.append(threading.Thread(target=snapshots_until, args=(stop, service, random.Random(random_.random()))))
+    for thread in threads:
+        thread.start()
+    time.sleep(random_.uniform(0.2, 2.0))
+    service.kill()
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_nothing_acknowledged_is_lost_by_kills(service):
+    """After each SIGKILL the service starts again by itself, has every acknowledged write, and its audit is clean."""
+    random_ = random.Random(SEED)
+    model = Model()
     for run in range(RUNS):
-        stop = threading.Event()
-        # Each writer has ids of its own, so that the order of its writes is the order of its answers.
-        threads = [
-            threading.Thread(
-                target=write_until,
-                args=(stop, service, model, random.Random(random_.random()), list(range(w, IDS, WRITERS))),
-            )
-            for w in range(WRITERS)
-        ]
-        threads.append(threading.Thread(target=snapshots_until, args=(stop, service, random.Random(random_.random()))))
-        for thread in threads:
-            thread.start()
-        time.sleep(random_.uniform(0.2, 2.0))
-        service.kill()
-        stop.set()
-        for thread in threads:
-            thread.join()
+        kill_amid_writes(service, model, random_)
         service.start()
         try:
             check(service, model, random_)
