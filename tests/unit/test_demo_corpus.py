@@ -14,7 +14,8 @@ from tercet.demo.questions import load_questions, reciprocal_rank
 from tercet.ingest.types import DocumentDict
 
 # Answers that older versions of Python do not have.
-SINCE = {"pathlib.Path.walk": (3, 12)}
+# What later versions have or document.
+SINCE = {"pathlib.Path.walk": (3, 12), "asyncio.Timeout": (3, 11, 7)}
 
 
 @pytest.fixture(scope="module")
