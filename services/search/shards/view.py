@@ -48,15 +48,16 @@ class ShardView:
             estimated = self.attributes.estimate(query.filter, self.live)
         allowed = self.allowed(query.filter)
         moments.append(perf_counter())
-        rows: list[int] = []
+        dense: dict[int, float] = {}
         vector_plan: dict[str, Any] | None = None
         if query.vector is not None:
             answer = self.vectors.search(query.vector, query.limit, allowed, exact=query.exact)
-            rows, vector_plan = answer.rows.tolist(), answer.plan
+            dense = dict(zip(answer.rows.tolist(), answer.scores.tolist(), strict=True))
+            vector_plan = answer.plan
         moments.append(perf_counter())
         bm25 = self._lexical(query, allowed)
         moments.append(perf_counter())
-        candidates = self._candidates(query, list(dict.fromkeys([*rows, *bm25])), bm25)
+        candidates = self._candidates(query, dense, bm25)
         moments.append(perf_counter())
         facets = self._facets(query, allowed) if query.facets else {}
         moments.append(perf_counter())
@@ -81,14 +82,17 @@ class ShardView:
             )
         )
 
-    def _candidates(self, query: ShardQuery, rows: list[int], bm25: dict[int, float]) -> list[Candidate]:
-        """Return *rows* as candidates, each with its exact dense score whenever the query has a vector."""
-        scores: list[float | None] = [None] * len(rows)
-        if query.vector is not None and rows:
-            scores = self.vectors.score(query.vector, np.array(rows, np.int64)).tolist()
+    def _candidates(self, query: ShardQuery, dense: dict[int, float], bm25: dict[int, float]) -> list[Candidate]:
+        """Return what either retriever found, each with its dense score whenever the query has a vector."""
+        rows = list({**dense, **bm25})
+        if query.vector is not None:
+            others = [row for row in bm25 if row not in dense]
+            if others:
+                scores = self.vectors.score(query.vector, np.array(others, np.int64)).tolist()
+                dense = {**dense, **dict(zip(others, scores, strict=True))}
         return [
-            Candidate(id, self.number, row, score, bm25.get(row))
-            for row, id, score in zip(rows, self.ids.get(rows), scores, strict=True)
+            Candidate(id, self.number, row, dense.get(row), bm25.get(row))
+            for row, id in zip(rows, self.ids.get(rows), strict=True)
         ]
 
     def _facets(self, query: ShardQuery, allowed: BitMap) -> dict[str, dict[str, int]]:
