@@ -35,14 +35,19 @@ Include = Literal["text", "metadata", "vector", "highlights"]
 Degradation = Literal[
     "embedding_unavailable",
     "embedding_late",
+    "lexical_unavailable",
     "rerank_unavailable",
     "rerank_late",
     "rerank_partial",
+    "rerank_reduced",
     "shards_partial",
     "fallback_index",
     "catching_up",
     "cache_unavailable",
+    "stale",
 ]
+Requirement = Literal["dense", "lexical", "rerank", "all_shards", "primary", "caught_up", "cache", "fresh"]
+Priority = Literal["high", "normal", "low"]
 
 
 class LexicalOptions(RequestModel):
@@ -69,6 +74,27 @@ class MinScore(RequestModel):
 
     kind: Threshold
     value: FiniteFloat
+
+
+class Require(RequestModel):
+    """
+    Steps down that the caller forbids: a search that would have to take one fails with 503, or 504 where time ran out.
+
+    *dense*: the question is embedded. *lexical*: BM25 runs. *rerank*: every candidate is reranked that the request asks
+    for. *all_shards*: none is missing. *primary*: none is answered for by the fallback index. *caught_up*: none is behind
+    the ledger. *cache*: the result cache can be reached. *fresh*: the answer is no older one, served as nothing better
+    could be made. *full*: all of them but *cache*, whose loss changes no answer.
+    """
+
+    full: bool = False
+    dense: bool = False
+    lexical: bool = False
+    rerank: bool = False
+    all_shards: bool = False
+    primary: bool = False
+    caught_up: bool = False
+    cache: bool = False
+    fresh: bool = False
 
 
 class SearchRequest(RequestModel):
@@ -113,6 +139,10 @@ class SearchRequest(RequestModel):
         default=None, description="Wait until this operation is applied, to read one's own write."
     )
     cache: bool = Field(default=True, description="False: neither read nor write the result cache.")
+    max_stale_s: Annotated[float, Field(ge=0, le=86_400)] = Field(
+        default=0.0, description="A cached answer may be used for so long although the collection has changed since."
+    )
+    require: Require = Field(default=Require(), description="Steps down that are forbidden.")
 
     @model_validator(mode="before")
     @classmethod
@@ -271,10 +301,51 @@ class CacheReply(ReplyModel):
 
 
 class ShardPlan(ReplyModel):
-    """How one shard searched: its filter's estimated and true selectivity, and which vector search it chose."""
+    """
+    How one shard searched: its filter's estimated and true selectivity, and which vector search it chose.
+
+    *host* answered after *took_ms*, true for *applied_seq*; *attempts* hosts were asked, the last of them before the
+    one before had answered if it was *hedged*.
+    """
 
     shard: int
     plan: dict[str, Any]
+    host: str | None = None
+    took_ms: float | None = None
+    applied_seq: int | None = None
+    attempts: int = 1
+    hedged: bool = False
+
+
+class CacheExplanation(ReplyModel):
+    """
+    What the result cache would have said, which an explained search passes by.
+
+    `fresh`: this answer, as the collection has not moved since *as_of*; `moved`: it has; `unproven`: whether it has
+    cannot be known now; `absent`: there is no entry; `off`: the request says so; `unavailable`: it cannot be reached.
+    """
+
+    decision: Literal["fresh", "moved", "unproven", "absent", "off", "unavailable"]
+    as_of: int | None = None
+    age_ms: int | None = None
+    watermark: int | None = None
+
+
+class BudgetExplanation(ReplyModel):
+    """The time that the search was given, the time that each stage was allowed, and how many candidates rerank could afford."""
+
+    timeout_ms: float
+    stages_ms: dict[str, float]
+    rerank_candidates: int | None = None
+
+
+class AdmissionExplanation(ReplyModel):
+    """How full the service was: searches under way and allowed at once (by cost), and how long this one waited."""
+
+    in_flight: float
+    limit: float
+    waited_ms: float
+    pressure: float
 
 
 class CandidateCounts(ReplyModel):
@@ -297,11 +368,19 @@ class FusionWeights(ReplyModel):
 
 
 class Explanation(ReplyModel):
-    """How the answer came about; *fusion* is missing where one retriever alone decided. `timings_ms` has the times."""
+    """
+    How the answer came about; *fusion* is missing where one retriever alone decided. `timings_ms` has the times.
+
+    *breakers* has the state of each dependency's, by its name.
+    """
 
     shards: list[ShardPlan]
     candidates: CandidateCounts
     fusion: FusionWeights | None = None
+    cache: CacheExplanation | None = None
+    budget: BudgetExplanation | None = None
+    admission: AdmissionExplanation | None = None
+    breakers: dict[str, str] = Field(default_factory=dict)
 
 
 class SearchReply(ReplyModel):

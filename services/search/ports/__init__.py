@@ -11,7 +11,7 @@ from services.search.ports.ledger import (
     Receipt,
     Written,
 )
-from services.search.ports.retrieval import Highlight, Highlighter, RetrievalQuery, Retrieved, Retriever
+from services.search.ports.retrieval import Highlight, Highlighter, RetrievalQuery, Retrieved, Retriever, ShardCall
 from services.search.ports.services import (
     CacheEntry,
     Embedded,
@@ -66,6 +66,7 @@ __all__ = [
     "Retriever",
     "Shard",
     "ShardAnswer",
+    "ShardCall",
     "ShardDocument",
     "ShardHost",
     "ShardQuery",

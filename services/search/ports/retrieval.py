@@ -32,12 +32,25 @@ class RetrievalQuery:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardCall:
+    """Which host answered for a shard, after how long (of all attempts), and how many were asked; see ShardPlan."""
+
+    host: str
+    took_ms: float
+    applied_seq: int
+    attempts: int = 1
+    hedged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Retrieved:
     """
     All shards' candidates together, which shards they are from, and the lowest `applied_seq` among them.
 
     *terms* are the question's analysed words and *statistics* the whole collection's, where BM25 ran. *fallback* counts
-    the shards in whose place the compressed copy answered; *plans* has each shard's plan when it was asked for.
+    the shards in whose place the compressed copy answered; *plans* has each shard's plan when it was asked for, and
+    *calls* who answered. *breaker_open* counts those of *failures* that nobody was asked for, as the breakers of all their
+    hosts are open; *lexical_failed* those that are ok but could not search their words.
     """
 
     candidates: Sequence[Candidate]
@@ -51,7 +64,10 @@ class Retrieved:
     terms: Sequence[str] = ()
     statistics: LexicalStatistics | None = None
     fallback: int = 0
+    breaker_open: int = 0
+    lexical_failed: int = 0
     plans: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    calls: Mapping[int, ShardCall] = field(default_factory=dict)
     facets: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 

@@ -71,7 +71,8 @@ class ShardAnswer:
 
     *plan* says, when asked to explain, how the filter and the vectors were searched. *facets* count, for each field
     asked for, the documents of each value among those that match the filter and, where there are terms, the terms.
-    *fallback* is true where the compressed copy answered in the shard's place.
+    *fallback* is true where the compressed copy answered in the shard's place, *lexical_failed* where the words could
+    not be searched and the candidates are those of the vectors alone.
     """
 
     shard: int
@@ -82,6 +83,7 @@ class ShardAnswer:
     facets: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     catching_up: bool = False
     fallback: bool = False
+    lexical_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
