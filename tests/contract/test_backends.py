@@ -32,6 +32,7 @@ from services.rerank.ports import Backend as RerankBackend
 from services.rerank.ports import Pair
 from services.rerank.settings import RerankSettings
 from tests.contract.embedding_backend_contract import TEXTS, EmbeddingBackendContract
+from tests.contract.mixed_texts import mixed_texts
 from tests.contract.rerank_backend_contract import DOCUMENTS, QUERY, RerankBackendContract
 
 TINY = {
@@ -133,27 +134,6 @@ class TestTransformer(EmbeddingBackendContract):
         assert backend.info.fingerprint == f"{DEFAULT_MODEL}@{digest[:16]}/{backend.info.max_tokens}"
 
 
-def mixed_texts() -> list[str]:
-    """Return 60 texts of 1 to about 600 tokens in several scripts."""
-    rng = np.random.default_rng(5)
-    words = [
-        "the",
-        "quick",
-        "fox",
-        "naïve",
-        "café",
-        "東京",
-        "都市",
-        "Москва",
-        "القاهرة",
-        "दिल्ली",
-        "12,345.67",
-        "{json:",
-        "🙂",
-    ]
-    return [" ".join(rng.choice(words, size)) for size in np.geomspace(1, 400, 60).astype(int)]
-
-
 class FasterTransformer(EmbeddingBackendContract):
     """The packaged model by another runtime or at a lower precision; a subclass names them."""
 
@@ -168,7 +148,7 @@ class FasterTransformer(EmbeddingBackendContract):
         self, backend: EmbeddingBackend, reference: SentenceTransformer
     ) -> None:
         """Every vector of 60 texts of many lengths and scripts has a cosine of at least 0.999 to theirs at fp32."""
-        texts = mixed_texts()
+        texts = mixed_texts(60)
         ours = self.embed(backend, texts)
         theirs = reference.encode(texts, convert_to_numpy=True, normalize_embeddings=True)
         assert ((ours * theirs).sum(axis=1) / np.linalg.norm(ours, axis=1)).min() >= 0.999

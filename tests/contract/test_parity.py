@@ -1,46 +1,14 @@
 """What comes through HTTP at the precision that `auto` chose, beside sentence-transformers at fp32."""
 
 import base64
-import random
 
 import numpy as np
 import pytest
 
 from services.common.model_files import DEFAULT_MODEL, resolve_model
+from tests.contract.mixed_texts import mixed_texts
 
-WORDS = [
-    "the",
-    "quick",
-    "fox",
-    "naïve",
-    "café",
-    "東京",
-    "都市",
-    "Москва",
-    "القاهرة",
-    "दिल्ली",
-    "12,345.67",
-    "{json:",
-    "🙂",
-    "retrieval",
-    "systems",
-    "answer",
-    "questions",
-    "Überraschung",
-    "ελληνικά",
-    "한국어",
-    "x=y+1",
-    "<tag>",
-    "https://example.org/a?b=c",
-]
 A_REQUEST = 250
-
-
-def mixed_texts(count: int) -> list[str]:
-    """Return *count* texts of 1 to over 600 tokens, short ones being as many as long ones, in several scripts."""
-    rng = random.Random(3)
-    lengths = [round(float(np.exp(rng.uniform(0, np.log(330))))) for _ in range(count)]
-    return [" ".join(rng.choice(WORDS) for _ in range(length)) + f" {index}" for index, length in enumerate(lengths)]
 
 
 @pytest.mark.slow

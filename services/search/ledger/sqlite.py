@@ -15,6 +15,7 @@ from services.common.errors import NotReady
 from services.common.tracing import span
 from services.search.claim import Claim
 from services.search.ledger import catalogue, epochs, rows
+from services.search.ledger.clearing import Clearing
 from services.search.ledger.connection import connect, explain, sync_directory
 from services.search.ledger.schema import migrate
 from services.search.ledger.writer import Writer
@@ -100,9 +101,8 @@ class SqliteLedger:
         self._seqs = file.seqs
         self._ending = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
-        self._clearing: asyncio.Task[None] | None = None
-        self._to_clear = False
-        self._clear_dropped()
+        self._clearing = Clearing(str(path), lambda: self._write("clear", catalogue.clear))
+        self._clearing.ask()
 
     @classmethod
     async def open(cls, path: Path, *, vfs: str | None = None) -> "SqliteLedger":
@@ -163,7 +163,7 @@ class SqliteLedger:
             "drop", lambda connection: catalogue.drop(connection, uuid), lambda _: self._seqs.pop(uuid, None)
         )
         if dropped:
-            self._clear_dropped()
+            self._clearing.ask()
         return dropped
 
     async def list_aliases(self) -> dict[str, str]:
@@ -264,8 +264,7 @@ class SqliteLedger:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        if self._clearing is not None:
-            self._clearing.cancel()
+        await self._clearing.aclose()
         await asyncio.to_thread(self._close_in_thread)
 
     def _close_in_thread(self) -> None:
@@ -303,22 +302,6 @@ class SqliteLedger:
     def _check_open(self) -> None:
         if self._closing is not None:
             raise NotReady(f"The ledger {self._path} is closed: the service is shutting down")
-
-    def _clear_dropped(self) -> None:
-        self._to_clear = True
-        if self._clearing is None or self._clearing.done():
-            self._clearing = asyncio.create_task(self._clear_until_none())
-
-    async def _clear_until_none(self) -> None:
-        # A few rows per transaction, so that a large collection's removal never stands in the way of other writes.
-        # What fails or is cut short is done at the next deletion or start.
-        try:
-            while self._to_clear:
-                self._to_clear = False
-                while await self._write("clear", catalogue.clear):
-                    pass
-        except Exception:
-            _log.warning("ledger_clearing_failed", path=str(self._path), exc_info=True)
 
 
 def _close_unwanted(opening: Future[_File]) -> None:

@@ -9,8 +9,9 @@ from weakref import WeakValueDictionary
 import asyncpg
 import structlog
 
-from services.common.errors import NotFound, NotReady, TercetError
+from services.common.errors import NotFound, NotReady
 from services.common.tracing import span
+from services.search.ledger.clearing import Clearing
 from services.search.ledger.postgres import epochs, names, rows
 from services.search.ledger.postgres.connections import Address, Connections, connect, insist_on_durability
 from services.search.ledger.postgres.failures import explain
@@ -60,8 +61,7 @@ class PostgresLedger:
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing: asyncio.Task[None] | None = None
-        self._clearing: asyncio.Task[None] | None = None
-        self._to_clear = False
+        self._clearing = Clearing(address.place, self._clear_part)
 
     @classmethod
     async def open(cls, url: str, *, pool_size: int = POOL_SIZE) -> "PostgresLedger":
@@ -89,7 +89,7 @@ class PostgresLedger:
             if isinstance(error, Exception):
                 raise explain(error, address.place, writing=False) from error
             raise
-        ledger._clear_dropped()
+        ledger._clearing.ask()
         return ledger
 
     @classmethod
@@ -148,7 +148,7 @@ class PostgresLedger:
             dropped = await names.drop(connection, self._address.schema, uuid)
         self._heard.forget(uuid)
         if dropped:
-            self._clear_dropped()
+            self._clearing.ask()
         return dropped
 
     async def list_aliases(self) -> dict[str, str]:
@@ -247,8 +247,7 @@ class PostgresLedger:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        if self._clearing is not None:
-            self._clearing.cancel()
+        await self._clearing.aclose()
         await self._idle.wait()
         await self._news.aclose()
         await self._connections.aclose()
@@ -284,23 +283,9 @@ class PostgresLedger:
         if self._closing is not None:
             raise NotReady(f"The ledger {self._address.place} is closed: the service is shutting down")
 
-    def _clear_dropped(self) -> None:
-        self._to_clear = True
-        if self._clearing is None or self._clearing.done():
-            self._clearing = asyncio.create_task(self._clear_until_none())
-
-    async def _clear_until_none(self) -> None:
-        # A part at a time, so that a large collection's removal never holds a connection for long.
-        # What fails or is cut short is done at the next deletion or start, by any process.
-        try:
-            while self._to_clear:
-                self._to_clear = False
-                more = True
-                while more:
-                    async with self._session("clear", writing=True) as connection:
-                        more = await rows.clear(connection)
-        except TercetError as error:
-            _log.warning("ledger_clearing_failed", ledger=self._address.place, error=error.message)
+    async def _clear_part(self) -> bool:
+        async with self._session("clear", writing=True) as connection:
+            return await rows.clear(connection)
 
 
 def _channel(address: Address) -> str:
