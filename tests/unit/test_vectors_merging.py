@@ -108,6 +108,25 @@ def test_many_small_extensions_find_what_one_build_finds(tmp_path, added):
     assert recall("cosine", index.view(), vectors, live) >= 0.95
 
 
+def test_an_idle_index_takes_its_tail_into_the_graph(tmp_path):
+    """Once there is nothing else to do no row is compared one by one, unless a graph is large beside those few."""
+    vectors = some_vectors(2100)
+    index = VectorIndex(DIM, "cosine", tmp_path, OPTIONS)
+    index.add(0, vectors[:2048])
+    maintain(index, BitMap(range(2048)), idle=True)
+    index.add(2048, vectors[2048:2050])
+    maintain(index, BitMap(range(2050)), idle=True)
+    assert index.segments() == {"hnsw": 2048, "tail": 2}
+    index.add(2050, vectors[2050:])
+    live = BitMap(range(2100))
+    maintain(index, live, idle=False)
+    assert index.segments() == {"hnsw": 2048, "tail": 52}
+    maintain(index, live, idle=True)
+    assert index.segments() == {"hnsw": 2100}
+    assert recall("cosine", index.view(), vectors, live) >= 0.95
+    np.testing.assert_array_equal(index.view().get(np.arange(2100)), vectors)
+
+
 def test_a_graph_with_many_dead_rows_is_built_anew(tmp_path, added):
     """From a tenth of dead rows a merge drops them; below, they stay in the graph and are never found."""
     index, _, live = extended(tmp_path, dead=range(120))

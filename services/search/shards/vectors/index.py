@@ -109,7 +109,14 @@ class VectorIndex:
         return VectorView(self._dim, self._metric, segments, self._options)
 
     def due(self, live: BitMap, *, idle: bool) -> Job | None:
-        """Return what maintenance should do now: seal, rebuild what is dead to a fifth, merge (into one when *idle*)."""
+        """
+        Return what maintenance should do now: seal, rebuild what is dead to a fifth, merge (into one when *idle*).
+
+        Call it in the writer's thread. An *idle* index seals its tail too, once comparing with its rows one by one costs more
+        than having them in the graph.
+        """
+        if idle and tiers.tail_is_due(self._filled, self._sealed, self._options):
+            self._seal()
         return tiers.due(self._sealed, live, self._options, idle=idle)
 
     def build(self, job: Job, live: BitMap, pace: Pace) -> Built:
@@ -205,7 +212,7 @@ class VectorIndex:
 
     def _seal(self) -> None:
         stop = self._tail_start + self._filled
-        segment = Segment("flat", self._metric, self._tail_start, stop, None, self._chunk)
+        segment = Segment("flat", self._metric, self._tail_start, stop, None, self._chunk[: self._filled])
         self._sealed = (*self._sealed, segment)
         self._tail_start, self._filled = stop, 0
         self._chunk = np.empty((0, self._dim), np.float32)

@@ -53,6 +53,17 @@ def due(segments: tuple[Segment, ...], live: BitMap, options: VectorOptions, *, 
     return _all(segments, options) if idle else None
 
 
+def tail_is_due(rows: int, segments: tuple[Segment, ...], options: VectorOptions) -> bool:
+    """Whether a tail of so many rows, no longer growing, is worth a place in what *segments* are merged into."""
+    largest = max(map(len, segments), default=0)
+    return largest >= options.hnsw_rows and rows >= largest * _worth(largest + rows, options)
+
+
+def _worth(rows: int, options: VectorOptions) -> float:
+    """Return from which share of the largest segment others are merged with it, *rows* in all."""
+    return _WORTH_NEW_LISTS if options.kind(rows) == "ivf" else _WORTH_MERGING
+
+
 def _newest(segments: tuple[Segment, ...], options: VectorOptions) -> Job | None:
     """Return a merge of the newest small segments, once they are enough, with those before that are not too big for it."""
     enough_rows = max(options.hnsw_rows, _FLAT_SEGMENTS * options.tail_rows)
@@ -88,7 +99,6 @@ def _all(segments: tuple[Segment, ...], options: VectorOptions) -> Job | None:
             largest = max(largest, len(segments[last]))
             if total > options.max_segment_rows:
                 break
-            worth = _WORTH_NEW_LISTS if options.kind(total) == "ivf" else _WORTH_MERGING
-            if last - first >= max(1, len(chosen)) and total - largest >= largest * worth:
+            if last - first >= max(1, len(chosen)) and total - largest >= largest * _worth(total, options):
                 chosen = segments[first : last + 1]
     return Job("merge", chosen) if chosen else None
