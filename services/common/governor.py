@@ -21,7 +21,7 @@ from services.common.errors import RateLimited
 from services.common.key_value import KeyValueStore
 
 MAX_CALLERS = 10_000  # Remembered in this process; the one not seen for longest is forgotten, its buckets full again.
-MAX_AT_ONCE = 32  # Fewer than the store has connections: having none to spare would look as if it were lost.
+MAX_AT_ONCE = 12  # Fewer than the store has connections: having none to spare would look as if it were lost.
 KEY_PREFIX = "tercet:limits"
 
 # Arguments: rate and burst of the requests, rate and burst of the tokens, requests to take, tokens to charge.

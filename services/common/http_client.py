@@ -1,33 +1,29 @@
 """
-Calls to another Tercet service: pooled connections, a breaker, the caller's deadline and request id, bounded retries.
+Calls to another Tercet service: a bulkhead, a breaker, the caller's deadline, bounded retries, and typed answers.
 
-Only idempotent calls are retried, once by default, and never past the deadline.
+Only idempotent calls are retried, once by default, never past the deadline, and only as far as the budget allows.
 """
 
 import asyncio
 import random
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-import httpx2
 import orjson
-import structlog
 from pydantic import BaseModel, ValidationError
 
-from services.common import deadline as deadlines
 from services.common import errors
-from services.common.breaker import Breaker, NotAFailure
+from services.common.breaker import Breaker, NotAFailure, Unproven
 from services.common.deadline import Deadline
-from services.common.tracing import inject, span
+from services.common.retry_budget import RetryBudget
+from services.common.tracing import span
+from services.common.transport import FAIR_TIME_S, RawReply, Transport
 from services.common.wire.errors import ErrorEnvelope
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
 RETRY_PAUSE_S = 0.05
-CONNECT_TIMEOUT_S = 1.0
-MAX_REPLY_BYTES = 64 * 1024 * 1024
-FAIR_TIME_S = (
-    0.25  # A peer that was given less and was late is not to blame: one hasty caller must not open the breaker.
-)
 _CALLERS_FAULT: dict[int, type[errors.TercetError]] = {
     400: errors.InvalidInput,
     404: errors.NotFound,
@@ -38,16 +34,43 @@ _CALLERS_FAULT: dict[int, type[errors.TercetError]] = {
 }
 
 
-class _PeerRefused(NotAFailure):
-    """An outcome that says nothing against the peer: the request is at fault, its queue is full, or it had no time."""
+class _NotThePeer(NotAFailure):
+    """
+    An *error* that says nothing against the peer.
+
+    The request is at fault; or the peer's queue is full; or one of its addresses failed, and others have not.
+    """
 
     def __init__(self, error: errors.TercetError) -> None:
         super().__init__(error.message)
         self.error = error
 
 
+class _Hasty(Unproven):
+    """No answer came in a time that was too short for a fair judgement."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked(Generic[Reply]):
+    """One call, as it is made each time."""
+
+    method: str
+    path: str
+    reply: type[Reply]
+    content: bytes | None
+    deadline: Deadline
+    answer_by: Deadline | None
+    bulk: bool
+    idempotent: bool
+    work_s: Callable[[Reply], float] | None
+
+
 class ServiceClient:
-    """One peer service at *base_url*, which is sent *api_key* if there is one. Close it with `aclose`."""
+    """
+    One peer service at *base_url*, which is sent *api_key* if there is one. Close it with `aclose`.
+
+    At most *max_calls* are under way at once. Calls over *slow_s* seconds count against the peer, except bulk work.
+    """
 
     def __init__(
         self,
@@ -56,21 +79,18 @@ class ServiceClient:
         breaker: Breaker,
         *,
         api_key: str | None = None,
-        max_connections: int = 64,
+        max_calls: int = 64,
+        slow_s: float | None = None,
+        budget: RetryBudget | None = None,
         retries: int = 1,
-        transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.name = name
         self.base_url = base_url
         self.breaker = breaker
+        self._slow_s = slow_s
+        self._budget = budget or RetryBudget()
         self._retries = retries
-        self._http = httpx2.AsyncClient(
-            base_url=base_url,
-            headers={"authorization": f"Bearer {api_key}"} if api_key else None,
-            transport=transport,
-            trust_env=False,
-            limits=httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
-        )
+        self._transport = Transport(name, base_url, api_key=api_key, max_calls=max_calls)
 
     async def call(
         self,
@@ -81,96 +101,100 @@ class ServiceClient:
         body: BaseModel | None = None,
         deadline: Deadline,
         answer_by: Deadline | None = None,
+        bulk: bool = False,
         idempotent: bool = True,
+        work_s: Callable[[Reply], float] | None = None,
     ) -> Reply:
         """
         Send *body* as JSON and return the parsed answer.
 
-        The peer is told to answer by *answer_by*, else by *deadline*.
+        The peer is told to answer by *answer_by*, else by *deadline*. *bulk* work may take long, and leaves slots free
+        for what somebody waits for; *work_s* is how much of an answer's time was work that was asked for: not slowness.
 
         Raises:
             DependencyUnavailable: The peer cannot be reached, fails, or its breaker is open.
             DeadlineExceeded: No answer came in time.
-            InvalidInput, NotFound, Conflict, TooLarge, Overloaded: The peer's own verdict on the request.
+            Overloaded: As many calls as may be are under way, here or there.
+            InvalidInput, NotFound, Conflict, TooLarge: The peer's own verdict on the request.
         """
         content = orjson.dumps(body.model_dump(exclude_none=True)) if body is not None else None
-        for attempt in range(1 + (self._retries if idempotent else 0)):
-            deadline.check(f"a call to {self.name}")
-            try:
-                async with self.breaker.guard():
-                    with span(f"{method} {path}", "client") as sent:
-                        sent.set({"http.request.method": method, "url.path": path, "tercet.peer": self.name})
-                        return await self._once(method, path, reply, content, deadline, answer_by or deadline)
-            except _PeerRefused as refused:
-                raise refused.error from None
-            except errors.DependencyUnavailable:
-                pause = RETRY_PAUSE_S * (1 + random.random())
-                last = attempt == (self._retries if idempotent else 0)
-                if last or self.breaker.would_refuse() or deadline.remaining_s() < 2 * pause:
-                    raise
-                await asyncio.sleep(pause)
-        raise AssertionError("unreachable: the loop returns or raises")
+        asked = _Asked(method, path, reply, content, deadline, answer_by, bulk, idempotent, work_s)
+        attempts_left = self._retries if idempotent else 0
+        deadline.check(f"a call to {self.name}")
+        self._budget.first()
+        async with self._transport.slots.one(deadline, bulk=bulk):
+            while True:
+                deadline.check(f"a call to {self.name}")
+                try:
+                    return await self._guarded(asked)
+                except errors.DependencyUnavailable:
+                    attempts_left -= 1
+                    pause_s = RETRY_PAUSE_S * (1 + random.random())
+                    hopeless = self.breaker.would_refuse() or deadline.remaining_s() < 2 * pause_s
+                    if attempts_left < 0 or hopeless or not self._budget.take():
+                        raise
+                    if not self._transport.has_another():
+                        await asyncio.sleep(pause_s)
 
-    async def _once(
-        self, method: str, path: str, reply: type[Reply], content: bytes | None, deadline: Deadline, answer_by: Deadline
-    ) -> Reply:
-        headers = {"content-type": "application/json"}
-        remaining_s: float | None = None
-        if deadline.at != float("inf"):
-            remaining_s = max(0.001, deadline.remaining_s())
-            headers[deadlines.HEADER] = answer_by.to_header()
-        request_id = structlog.contextvars.get_contextvars().get("request_id")
-        if request_id:
-            headers["x-request-id"] = str(request_id)
-        inject(headers)
-        timeout = httpx2.Timeout(remaining_s, connect=min(remaining_s or CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S))
+    async def _guarded(self, asked: _Asked[Reply]) -> Reply:
         try:
-            # httpx's time-outs are per socket operation; a peer that drips bytes is ended by the outer one.
-            async with asyncio.timeout(remaining_s):
-                async with self._http.stream(
-                    method, path, content=content, headers=headers, timeout=timeout
-                ) as response:
-                    raw = await self._read(response)
-        except (TimeoutError, httpx2.ReadTimeout, httpx2.WriteTimeout):
-            raise self._late(f"{self.name} did not answer in time", remaining_s) from None
-        except httpx2.HTTPError as error:
-            raise errors.DependencyUnavailable(f"{self.name} cannot be reached: {type(error).__name__}") from None
-        if response.is_success:
-            try:
-                return reply.model_validate(orjson.loads(raw))
-            except (orjson.JSONDecodeError, ValidationError):
-                raise errors.DependencyUnavailable(f"{self.name} sent an answer that cannot be read") from None
-        raise self._verdict(response, raw, remaining_s)
+            async with self.breaker.guard(None if asked.bulk else self._slow_s) as permit:
+                with span(f"{asked.method} {asked.path}", "client") as sent:
+                    sent.set({"http.request.method": asked.method, "url.path": asked.path, "tercet.peer": self.name})
+                    parsed = await self._asked_somewhere(asked)
+                if asked.work_s is not None:
+                    permit.excused_s = asked.work_s(parsed)
+                return parsed
+        except _NotThePeer as outcome:
+            raise outcome.error from None
+        except _Hasty as hasty:
+            raise errors.DeadlineExceeded(str(hasty)) from None
 
-    async def _read(self, response: httpx2.Response) -> bytes:
-        chunks, size = [], 0
-        async for chunk in response.aiter_bytes():
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > MAX_REPLY_BYTES:
-                raise errors.DependencyUnavailable(f"{self.name} sent an answer over {MAX_REPLY_BYTES:,} bytes")
-        return b"".join(chunks)
-
-    def _late(self, message: str, given_s: float | None) -> Exception:
-        late = errors.DeadlineExceeded(message)
-        return _PeerRefused(late) if given_s is not None and given_s < FAIR_TIME_S else late
-
-    def _verdict(self, response: httpx2.Response, raw: bytes, given_s: float | None) -> Exception:
-        status = response.status_code
+    async def _asked_somewhere(self, asked: _Asked[Reply]) -> Reply:
         try:
-            body = ErrorEnvelope.model_validate_json(raw).error
-            message, param = body.message, body.param
+            return await self._asked(asked)
+        except (errors.DependencyUnavailable, errors.DeadlineExceeded) as error:
+            if self._transport.has_another():
+                raise _NotThePeer(error) from None
+            raise
+
+    async def _asked(self, asked: _Asked[Reply]) -> Reply:
+        given_s = asked.deadline.remaining_s()
+        try:
+            raw = await self._transport.send(
+                asked.method,
+                asked.path,
+                asked.deadline,
+                content=asked.content,
+                answer_by=asked.answer_by,
+                repeatable=asked.idempotent,
+            )
+        except errors.DeadlineExceeded as late:
+            if given_s < FAIR_TIME_S:
+                raise _Hasty(late.message) from None
+            raise
+        if not 200 <= raw.status < 300:
+            raise self._verdict(raw, given_s)
+        try:
+            return asked.reply.model_validate(orjson.loads(raw.body))
+        except (orjson.JSONDecodeError, ValidationError):
+            self._transport.distrust(raw)
+            raise errors.DependencyUnavailable(f"{self.name} sent an answer that cannot be read") from None
+
+    def _verdict(self, raw: RawReply, given_s: float) -> Exception:
+        try:
+            body = ErrorEnvelope.model_validate_json(raw.body).error
+            message, param = f"{self.name}: {body.message}", body.param
         except ValidationError:
-            message, param = f"HTTP {status}", None
-        if status == 504:
-            return self._late(f"{self.name}: {message}", given_s)
-        kind = _CALLERS_FAULT.get(status)
+            message, param = f"{self.name}: HTTP {raw.status}", None
+        if raw.status == 504:
+            return _Hasty(message) if given_s < FAIR_TIME_S else errors.DeadlineExceeded(message)
+        kind = _CALLERS_FAULT.get(raw.status)
         if kind is None:
-            return errors.DependencyUnavailable(f"{self.name}: {message}")
-        after = response.headers.get("retry-after", "")
-        retry_after_s = float(after) if after.isdigit() else None
-        return _PeerRefused(kind(f"{self.name}: {message}", param=param, retry_after_s=retry_after_s))
+            return errors.DependencyUnavailable(message)
+        after = raw.headers.get("retry-after", "")
+        return _NotThePeer(kind(message, param=param, retry_after_s=float(after) if after.isdigit() else None))
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._http.aclose()
+        await self._transport.aclose()

@@ -5,9 +5,11 @@ Every series that can be known in advance exists from the start with value 0: an
 """
 
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from services.common.breaker import Breaker
 from services.common.errors import TercetError
 
 # Bounds include the usual objectives (10, 50, 100, 250, 500 ms, 1 s), so that "share under the objective" is exact.
@@ -59,6 +61,14 @@ class Metrics:
         ).set(1)
         self.breaker_state = Gauge(
             "tercet_breaker_state", "0 closed, 1 half-open, 2 open.", ["dependency"], registry=self.registry
+        )
+        self.breakers: WeakValueDictionary[str, Breaker] = WeakValueDictionary()
+        """Those whose state is shown, by dependency, as long as they are in use."""
+        self.extra_calls = Counter(
+            "tercet_extra_calls_total",
+            "Retries and hedged reads that the budget allowed (made) or not (refused).",
+            ["dependency", "outcome"],
+            registry=self.registry,
         )
 
     def counter(self, name: str, text: str, labels: tuple[str, ...] = (), values: tuple[str, ...] = ()) -> Counter:

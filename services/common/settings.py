@@ -106,6 +106,11 @@ class ServiceSettings(BaseSettings):
     breaker_reset_s: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="An open breaker lets a probe through after this time."
     )
+    breaker_slow_call_s: Annotated[float, Field(gt=0)] = Field(
+        default=1.0,
+        description="A call that a search waits for counts as failed when it takes longer than this, not counting "
+        "work that was asked for.",
+    )
 
     @model_validator(mode="after")
     def _open_network_is_said(self) -> Self:

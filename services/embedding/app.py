@@ -7,8 +7,7 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from services.common.app import create_service_app, make_breaker
-from services.common.key_value import KeyValueStore
+from services.common.app import create_service_app, make_store
 from services.common.metrics import Metrics
 from services.common.tracing import span
 from services.embedding import routes
@@ -25,6 +24,8 @@ from services.embedding.settings import EmbeddingSettings
 from services.embedding.specs import ModelSpec, parse_specs
 
 Load = Callable[[ModelSpec, EmbeddingSettings], Sequence[Backend]]
+
+VECTORS_TIMEOUT_S = 0.25  # One read is the vectors of a batch, up to megabytes.
 
 
 @asynccontextmanager
@@ -93,7 +94,7 @@ def _open_cache(settings: EmbeddingSettings, metrics: Metrics) -> VectorCache | 
         return None
     if settings.redis_url is None:
         return MemoryVectorCache(max_bytes=settings.cache_bytes, ttl_s=settings.cache_ttl_s)
-    store = KeyValueStore(settings.redis_url, make_breaker("redis", settings, metrics))
+    store = make_store("redis", settings.redis_url, settings, metrics, timeout_s=VECTORS_TIMEOUT_S)
     return RedisVectorCache(store, ttl_s=settings.cache_ttl_s)
 
 

@@ -28,13 +28,18 @@ class HttpEmbeddingClient:
         body = EmbedRequest(inputs=text, input_type="query", lane="query", encoding="base64", model=model)
         return await self._embed(body, deadline)
 
+    async def embed_queries(self, texts: Sequence[str], deadline: Deadline, *, model: str | None = None) -> Embedded:
+        """See EmbeddingClient."""
+        body = EmbedRequest(inputs=list(texts), input_type="query", lane="bulk", encoding="base64", model=model)
+        return await self._embed(body, deadline, bulk=True)
+
     async def embed_documents(self, texts: Sequence[str], deadline: Deadline, *, model: str | None = None) -> Embedded:
         """See EmbeddingClient."""
         body = EmbedRequest(inputs=list(texts), input_type="document", lane="bulk", encoding="base64", model=model)
-        return await self._embed(body, deadline)
+        return await self._embed(body, deadline, bulk=True)
 
-    async def _embed(self, body: EmbedRequest, deadline: Deadline) -> Embedded:
-        reply = await self._client.call("POST", "/embed", EmbedReply, body=body, deadline=deadline)
+    async def _embed(self, body: EmbedRequest, deadline: Deadline, *, bulk: bool = False) -> Embedded:
+        reply = await self._client.call("POST", "/embed", EmbedReply, body=body, deadline=deadline, bulk=bulk)
         vectors = _decode(reply)
         if len(vectors) != len(body.texts()):
             raise DependencyUnavailable(f"embedding sent {len(vectors)} vectors for {len(body.texts())} texts")
@@ -66,7 +71,7 @@ class HttpRerankClient:
         body = NativeRerankRequest(query=query, documents=list(texts))
         answer_by = deadline.earlier(ANSWER_MARGIN_S)
         reply = await self._client.call(
-            "POST", "/rerank", RerankReply, body=body, deadline=deadline, answer_by=answer_by
+            "POST", "/rerank", RerankReply, body=body, deadline=deadline, answer_by=answer_by, work_s=_scoring_s
         )
         scores: list[float | None] = [None] * len(texts)
         for result in reply.results:
@@ -74,3 +79,8 @@ class HttpRerankClient:
                 raise DependencyUnavailable("rerank sent a result for a document that was not given")
             scores[result.index] = result.score
         return Reranked(scores, reply.model, reply.fingerprint)
+
+
+def _scoring_s(reply: RerankReply) -> float:
+    """Return how long the scoring took: many long candidates take what they take."""
+    return (reply.timings.tokenization_ms + reply.timings.inference_ms) / 1000

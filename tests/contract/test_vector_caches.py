@@ -9,6 +9,7 @@ import redis
 
 from services.common.breaker import Breaker
 from services.common.key_value import KeyValueStore
+from services.embedding.app import VECTORS_TIMEOUT_S
 from services.embedding.cache import (
     ENTRY_OVERHEAD_BYTES,
     KEY_PREFIX,
@@ -66,7 +67,7 @@ class TestRedisVectorCache(VectorCacheContract):
         self.url = redis_server.url
 
     async def open(self, *, ttl_s: float) -> VectorCache:
-        return RedisVectorCache(KeyValueStore(self.url, Breaker("redis")), ttl_s=ttl_s)
+        return RedisVectorCache(KeyValueStore(self.url, Breaker("redis"), timeout_s=VECTORS_TIMEOUT_S), ttl_s=ttl_s)
 
     def commands(self) -> dict[str, int]:
         """Return how often each command was called so far."""

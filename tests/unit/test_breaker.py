@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from services.common.breaker import STATES, Breaker, NotAFailure
+from services.common.breaker import STATES, Breaker, BreakerStatus, NotAFailure, Unproven
 from services.common.errors import DependencyUnavailable
 
 
@@ -86,6 +86,35 @@ async def test_few_calls_prove_nothing(make):
     assert breaker.state == "closed"
 
 
+async def test_a_busy_dependency_that_freezes_is_left_alone_soon(make, clock):
+    """Failures in a row open it long before they are half of the window's calls; a success between starts anew."""
+    breaker = make()
+    for _ in range(500):
+        await succeed(breaker)
+    for _ in range(4):
+        await fail(breaker)
+    await succeed(breaker)
+    for _ in range(4):
+        await fail(breaker)
+    assert breaker.state == "closed"
+    await fail(breaker)
+    assert breaker.state == "open"
+    strict = make(in_a_row=1)
+    await succeed(strict)
+    await fail(strict)
+    assert strict.state == "open"
+
+
+async def test_asked_for_work_is_no_slowness(make, clock):
+    """Time that a call says was work is not held against the dependency."""
+    breaker = make()
+    for _ in range(4):
+        async with breaker.guard(slow_s=1.0) as permit:
+            clock.now += 1.5
+            permit.excused_s = 0.6
+    assert breaker.state == "closed"
+
+
 async def test_old_failures_are_forgotten(make, clock):
     """Only the calls of the last window count."""
     breaker = make()
@@ -100,10 +129,15 @@ async def test_old_failures_are_forgotten(make, clock):
 
 
 async def test_slow_calls_count_as_failures(make, clock):
-    """A peer that answers, but over slow_call_s, opens it too."""
-    breaker = make(slow_call_s=1.0)
-    for _ in range(4):
+    """A peer that answers, but over the time that a call says is slow, opens it too; for bulk work none is."""
+    breaker = make()
+    for _ in range(8):
         async with breaker.guard():
+            clock.now += 1.5
+    assert breaker.state == "closed"
+    clock.now += 11
+    for _ in range(4):
+        async with breaker.guard(slow_s=1.0):
             clock.now += 1.5
     assert breaker.state == "open"
 
@@ -210,6 +244,60 @@ async def test_a_call_that_outlives_the_opening_changes_nothing(make, clock):
     assert not breaker.would_refuse()
 
 
+async def test_old_calls_that_fail_do_not_open_it_again(make, clock):
+    """Calls begun before it opened, which fail once it is closed again, are old news."""
+    breaker = make()
+    ends = [asyncio.Event() for _ in range(6)]
+
+    async def failing(end: asyncio.Event) -> None:
+        async with breaker.guard():
+            await end.wait()
+            raise ConnectionError
+
+    tasks = [asyncio.create_task(failing(end)) for end in ends]
+    await asyncio.sleep(0)
+    await opened(breaker)
+    clock.now += 2.1
+    await succeed(breaker)
+    for end in ends:
+        end.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert breaker.state == "closed"
+    assert breaker.status.calls == 0
+
+
+async def test_a_probe_without_an_answer_has_not_shown_that_all_is_well(make, clock):
+    """A caller in a hurry opens nothing, but as the probe it leaves the peer alone for another pause."""
+    breaker = make()
+
+    async def hasty() -> None:
+        with pytest.raises(Unproven):
+            async with breaker.guard():
+                raise Unproven
+
+    for _ in range(10):
+        await hasty()
+    assert breaker.state == "closed"
+    await opened(breaker)
+    clock.now += 2.1
+    await hasty()
+    assert breaker.state == "open"
+    assert breaker.would_refuse()
+
+
+async def test_its_status_says_since_when_and_why(make, clock):
+    """The state, how long ago it opened, and the calls and failures of the window."""
+    breaker = make()
+    await succeed(breaker)
+    await fail(breaker)
+    assert breaker.status == BreakerStatus("closed", None, calls=2, failures=1)
+    clock.now += 11
+    assert breaker.status == BreakerStatus("closed", None, calls=0, failures=0)
+    await opened(breaker)
+    clock.now += 1.5
+    assert breaker.status == BreakerStatus("open", 1.5, calls=4, failures=4)
+
+
 async def test_each_state_is_reported(make, clock):
     """The metric's callback hears of the first state and of each change."""
     heard: list[int] = []
@@ -220,3 +308,26 @@ async def test_each_state_is_reported(make, clock):
     await succeed(breaker)
     names = ["closed", "open", "half-open", "open", "half-open", "closed"]
     assert heard == [STATES[name] for name in names]
+
+
+async def test_others_can_wait_until_the_probe_is_over(make, clock):
+    """They are told however it ends, and at once where there is none under way."""
+    breaker = await opened(make())
+    await breaker.probe_over()
+    clock.now += 2.0
+    answered = asyncio.Event()
+
+    async def probe() -> None:
+        async with breaker.guard():
+            await answered.wait()
+
+    probing = asyncio.create_task(probe())
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(breaker.probe_over())
+    await asyncio.sleep(0)
+    assert breaker.is_probing
+    assert not waiting.done()
+    answered.set()
+    await asyncio.wait_for(waiting, 5)
+    await probing
+    assert (breaker.is_probing, breaker.state) == (False, "closed")

@@ -1,13 +1,14 @@
 """A shard node as a host: what travels, what its errors mean, and which addresses there are."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
-import httpx2
 import numpy as np
-import orjson
 import pytest
 
+from services.common import addresses
 from services.common.deadline import NO_DEADLINE, Deadline
 from services.common.errors import (
     BackendFailed,
@@ -36,6 +37,7 @@ from services.search.ports import (
 from services.search.shards import endpoints, messages
 from services.search.shards.endpoints import Nodes
 from services.search.shards.remote import RemoteHost
+from tests.peer_server import Answer, Peer, closes, hangs, json, raw, resets, says
 from tests.shard_hosts import BOOKS, eventually, soon
 
 TYPED = Collection("u", "n", "m", "fp", 3, 2, 1.5, "l2", {"lang": "keyword", "on": "date", "year": "number"}, "german")
@@ -136,17 +138,21 @@ def test_what_is_no_message_is_malformed() -> None:
 # --- the node's verdicts
 
 
-def host_that(answer) -> RemoteHost:
-    """Return a host whose node does what *answer* does with a request."""
-    return RemoteHost("node", "http://node", api_key="key", transport=httpx2.MockTransport(answer))
+@asynccontextmanager
+async def host_that(*answers: Answer) -> AsyncIterator[tuple[RemoteHost, Peer]]:
+    """Return a host whose node gives *answers*, and the node."""
+    async with Peer(list(answers)) as node:
+        host = RemoteHost("node", node.url, api_key="key")
+        yield host, node
+        await host.aclose()
 
 
-def refusing(error: TercetError) -> RemoteHost:
+def refusing(error: TercetError) -> Answer:
+    """Answer with *error* as our services do."""
     body = ErrorBody(
         code=error.code, message=error.message, type=error.type, param=error.param, retryable=error.retryable
     )
-    content = orjson.dumps(ErrorEnvelope(error=body).model_dump())
-    return host_that(lambda _: httpx2.Response(STATUS[type(error)], content=content))
+    return json(ErrorEnvelope(error=body).model_dump(), STATUS[type(error)])
 
 
 @pytest.mark.parametrize(
@@ -162,71 +168,58 @@ def refusing(error: TercetError) -> RemoteHost:
 )
 async def test_a_nodes_error_is_raised_here_with_its_name(said: TercetError, meant: type[TercetError]) -> None:
     """The same kind, with the field at fault."""
-    host = refusing(said)
-    with pytest.raises(meant, match=f"node: {said.message}") as raised:
-        await host.statistics(BOOKS, 0, ["a"], soon())
-    assert raised.value.param == said.param
-    await host.aclose()
+    async with host_that(refusing(said)) as (host, _):
+        with pytest.raises(meant, match=f"node: {said.message}") as raised:
+            await host.statistics(BOOKS, 0, ["a"], soon())
+        assert raised.value.param == said.param
 
 
 async def test_answers_that_are_none_mean_that_the_node_is_not_there() -> None:
-    """A proxy's error page, and a success that is no MessagePack."""
-    for status in (502, 200):
-        host = host_that(lambda _, status=status: httpx2.Response(status, content=b"\xc1<html>"))
-        with pytest.raises(DependencyUnavailable):
+    """A proxy's error page, a success that is no MessagePack, and bytes that are no HTTP."""
+    for answer in (says(502, b"<html>"), says(200, b"\xc1<html>"), raw(b"\xc1\xc1\xc1")):
+        async with host_that(answer) as (host, _):
+            with pytest.raises(DependencyUnavailable):
+                await host.statistics(BOOKS, 0, ["a"], soon())
+
+
+async def test_a_node_that_floods_is_cut() -> None:
+    """A reply of 100 MB is refused when its head arrives."""
+    async with host_that(raw(b"HTTP/1.1 200 OK\r\ncontent-length: 104857600\r\n\r\n")) as (host, _):
+        with pytest.raises(DependencyUnavailable, match="over"):
             await host.statistics(BOOKS, 0, ["a"], soon())
-        await host.aclose()
 
 
 async def test_deadline_and_key_travel() -> None:
     """The node is told how long the caller waits, and nothing where it waits for ever."""
-    seen: list[httpx2.Headers] = []
-
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        seen.append(request.headers)
-        return httpx2.Response(200, content=messages.pack([0, {}]))
-
-    host = host_that(answer)
-    await host.statistics(BOOKS, 0, [], soon(2.0))
-    await host.statistics(BOOKS, 0, [], NO_DEADLINE)
-    assert 0 < int(seen[0]["x-deadline-ms"]) <= 2000
-    assert "x-deadline-ms" not in seen[1]
-    assert seen[0]["authorization"] == "Bearer key"
-    with pytest.raises(DeadlineExceeded):
-        await host.statistics(BOOKS, 0, [], Deadline.after(-1))
-    await host.aclose()
+    async with host_that(says(200, messages.pack([0, {}]))) as (host, node):
+        await host.statistics(BOOKS, 0, [], soon(2.0))
+        await host.statistics(BOOKS, 0, [], NO_DEADLINE)
+        first, second = (request.headers for request in node.requests)
+        assert 0 < int(first["x-deadline-ms"]) <= 2000
+        assert "x-deadline-ms" not in second
+        assert first["authorization"] == "Bearer key"
+        assert first["content-type"] == messages.MEDIA_TYPE
+        with pytest.raises(DeadlineExceeded):
+            await host.statistics(BOOKS, 0, [], Deadline.after(-1))
 
 
 async def test_a_node_that_hangs_is_late() -> None:
     """The call ends with its deadline; waiting for an operation is then simply not over."""
-
-    async def hang(_request: httpx2.Request) -> httpx2.Response:
-        await asyncio.sleep(60)
-        raise AssertionError
-
-    host = host_that(hang)
-    with pytest.raises(DeadlineExceeded):
-        await host.statistics(BOOKS, 0, [], soon(0.05))
-    assert await host.wait_applied(BOOKS, 0, 5, soon(0.05)) is False
-    await host.aclose()
+    async with host_that(hangs) as (host, _):
+        with pytest.raises(DeadlineExceeded):
+            await host.statistics(BOOKS, 0, [], soon(0.05))
+        assert await host.wait_applied(BOOKS, 0, 5, soon(0.05)) is False
 
 
 async def test_a_connection_that_the_node_had_closed_is_no_failure() -> None:
     """The call is made again once; a node that cuts it off again is not there."""
-    cuts = [httpx2.RemoteProtocolError("closed"), None, httpx2.ReadError("reset"), httpx2.ReadError("reset")]
-
-    def answer(_request: httpx2.Request) -> httpx2.Response:
-        cut = cuts.pop(0)
-        if cut is not None:
-            raise cut
-        return httpx2.Response(200, content=messages.pack([3, {}]))
-
-    host = host_that(answer)
-    assert (await host.statistics(BOOKS, 0, [], soon())).documents == 3
-    with pytest.raises(DependencyUnavailable):
-        await host.statistics(BOOKS, 0, [], soon())
-    assert cuts == []
-    await host.aclose()
+    good = says(200, messages.pack([3, {}]))
+    async with host_that(good, closes, good, resets, resets) as (host, node):
+        for _ in range(2):
+            assert (await host.statistics(BOOKS, 0, [], soon())).documents == 3
+        with pytest.raises(DependencyUnavailable):
+            await host.statistics(BOOKS, 0, [], soon())
+        assert len(node.requests) == 5
 
 
 # --- addresses
@@ -235,14 +228,14 @@ async def test_a_connection_that_the_node_had_closed_is_no_failure() -> None:
 async def test_nodes_have_their_shards_and_every_address_is_a_replica(monkeypatch) -> None:
     """Shard s is on node s mod n; names are resolved again, a new address is used and one that is gone is not."""
     monkeypatch.setattr(endpoints, "RESOLVE_EVERY_S", 0.01)
-    names = {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.3"], "c": ["fd00::1"]}
+    names = {"a": ("10.0.0.1", "10.0.0.2"), "b": ("10.0.0.3",), "c": ("fd00::1",)}
 
-    async def resolve(host: str, _port: int) -> list[str]:
+    async def resolve(host: str, _port: int) -> tuple[str, ...]:
         if not names[host]:
             raise OSError("no such name")
         return names[host]
 
-    monkeypatch.setattr(endpoints, "resolve", resolve)
+    monkeypatch.setattr(addresses, "resolve", resolve)
     nodes = Nodes([["http://a:8010"], ["http://b:8010", "http://c:8011"]], api_key=None)
 
     def found(shard: int) -> list[str]:
@@ -254,10 +247,10 @@ async def test_nodes_have_their_shards_and_every_address_is_a_replica(monkeypatc
     assert found(1) == ["http://b:8010", "http://c:8011"]
     assert len(nodes.everyone()) == 4
     kept = nodes.replicas(0)[1]
-    names["a"] = ["10.0.0.2", "10.0.0.9"]
+    names["a"] = ("10.0.0.2", "10.0.0.9")
     await eventually(lambda: found(0) == ["http://a:8010 (10.0.0.2)", "http://a:8010 (10.0.0.9)"])
     assert nodes.replicas(0)[0] is kept
-    names["a"] = []
+    names["a"] = ()
     await asyncio.sleep(0.05)
     assert len(found(0)) == 2
     await nodes.aclose()
@@ -268,12 +261,12 @@ async def test_a_name_that_is_not_known_yet_is_found_later(monkeypatch) -> None:
     monkeypatch.setattr(endpoints, "RESOLVE_EVERY_S", 0.01)
     known = asyncio.Event()
 
-    async def resolve(_host: str, _port: int) -> list[str]:
+    async def resolve(_host: str, _port: int) -> tuple[str, ...]:
         if not known.is_set():
             raise OSError("no such name")
-        return ["127.0.0.1"]
+        return ("127.0.0.1",)
 
-    monkeypatch.setattr(endpoints, "resolve", resolve)
+    monkeypatch.setattr(addresses, "resolve", resolve)
     nodes = Nodes([["http://nowhere.invalid:1"]], api_key=None)
     await nodes.start()
     unresolved = nodes.replicas(0)[0]

@@ -6,25 +6,11 @@ many replicas; names are resolved again all the time, since connections that sta
 """
 
 import asyncio
-import socket
 from collections.abc import Callable, Sequence
-from urllib.parse import urlsplit
 
-import structlog
-
+from services.common.addresses import RESOLVE_EVERY_S, Addresses
 from services.search.shards.remote import RemoteHost
 from services.search.shards.replicas import Replica
-
-RESOLVE_EVERY_S = 5.0
-RESOLVE_PATIENCE_S = 3.0
-
-_log = structlog.get_logger(__name__)
-
-
-async def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of a name, in a fixed order. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return sorted({str(info[4][0]) for info in found})
 
 
 class _Address:
@@ -33,36 +19,30 @@ class _Address:
     def __init__(self, url: str, make: Callable[[str, str, str | None], RemoteHost]) -> None:
         self.url = url
         self._make = make
-        self._parts = urlsplit(url)
+        self._addresses = Addresses(url)
         self._by_address: dict[str, Replica] = {}
         self._unresolved = Replica(make(url, url, None))
         self.replicas: tuple[Replica, ...] = (self._unresolved,)
 
     async def look(self) -> list[Replica]:
         """Resolve the name again, and return the replicas whose addresses are no longer its."""
-        host = self._parts.hostname or ""
-        port = self._parts.port or (443 if self._parts.scheme == "https" else 80)
-        try:
-            async with asyncio.timeout(RESOLVE_PATIENCE_S):
-                addresses = await resolve(host, port)
-        except (OSError, TimeoutError) as error:
-            _log.warning("name_not_resolved", url=self.url, error=repr(error))
-            return []
+        await self._addresses.look()
+        addresses = self._addresses.known
         for address in addresses:
             if address not in self._by_address:
-                literal = f"[{address}]" if ":" in address else address
                 named = self.url if len(addresses) == 1 else f"{self.url} ({address})"
-                self._by_address[address] = Replica(
-                    self._make(named, f"{self._parts.scheme}://{literal}:{port}", f"{host}:{port}")
-                )
+                host = self._make(named, self._addresses.at(address), self._addresses.authority)
+                self._by_address[address] = Replica(host)
         gone = [self._by_address.pop(address) for address in set(self._by_address) - set(addresses)]
         if self._by_address:
             self.replicas = tuple(self._by_address[address] for address in addresses)
         return gone
 
-    def everyone(self) -> list[Replica]:
-        """Return all replicas that may have connections."""
-        return [*self._by_address.values(), self._unresolved]
+    async def aclose(self) -> None:
+        """Look no more, and close all connections."""
+        await self._addresses.aclose()
+        for replica in (*self._by_address.values(), self._unresolved):
+            await replica.host.aclose()
 
 
 class Nodes:
@@ -71,8 +51,8 @@ class Nodes:
     def __init__(self, nodes: Sequence[Sequence[str]], *, api_key: str | None, fallback: Replica | None = None) -> None:
         """Call *nodes*, the URLs of each node's replicas, with *api_key*; *fallback* is not closed by this."""
 
-        def make(name: str, url: str, host_header: str | None) -> RemoteHost:
-            return RemoteHost(name, url, api_key=api_key, host_header=host_header)
+        def make(name: str, url: str, authority: str | None) -> RemoteHost:
+            return RemoteHost(name, url, api_key=api_key, authority=authority)
 
         self._nodes = [[_Address(url, make) for url in node] for node in nodes]
         self._fallback = fallback
@@ -106,8 +86,7 @@ class Nodes:
             await asyncio.wait({self._task})
         for node in self._nodes:
             for address in node:
-                for replica in address.everyone():
-                    await replica.host.aclose()
+                await address.aclose()
         if self._closing:
             await asyncio.wait(self._closing)
 
