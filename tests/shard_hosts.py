@@ -122,6 +122,9 @@ class MemoryLedger:
     def heard_seq(self, uuid: str) -> int:
         return self.seq(uuid) if uuid in self.log else 0
 
+    def heard_collections(self) -> set[str]:
+        return {uuid for uuid, log in self.log.items() if log}
+
     async def wait_for_news(self, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
@@ -294,14 +297,17 @@ class MemoryDirectory:
 
 @dataclass
 class FakeHost:
-    """A host whose shards have one document for each operation up to *applied*; set an error or a gate to hurt it."""
+    """A host whose shards have one document for each operation up to *applied*; set an error, a gate or verbs to hurt it."""
 
     name: str
     applied: int = 10
     catching_up: bool = False
+    lexical_failed: bool = False
     error: Exception | None = None
     gate: asyncio.Event | None = None
     fails: set[int] = field(default_factory=set)
+    hangs: set[str] = field(default_factory=set)
+    hangs_on: set[tuple[str, int]] = field(default_factory=set)
     asked: list[tuple[str, int]] = field(default_factory=list)
     queries: list[ShardQuery] = field(default_factory=list)
     notified: list[int] = field(default_factory=list)
@@ -312,6 +318,8 @@ class FakeHost:
         self.asked.append((verb, shard))
         self.running += 1
         try:
+            if verb in self.hangs or (verb, shard) in self.hangs_on:
+                await asyncio.Event().wait()
             if self.gate:
                 await self.gate.wait()
             if self.error and (not self.fails or shard in self.fails):
@@ -334,7 +342,14 @@ class FakeHost:
         plan = {"host": self.name} if query.explain else None
         facets = {name: {"en": 2, "de": shard} for name in query.facets}
         return ShardAnswer(
-            shard, self.applied, found[: query.limit], {"lexical": float(shard)}, plan, facets, self.catching_up
+            shard,
+            self.applied,
+            found[: query.limit],
+            {"lexical": float(shard)},
+            plan,
+            facets,
+            self.catching_up,
+            lexical_failed=self.lexical_failed,
         )
 
     async def fetch(self, collection, shard, ids, deadline, *, vectors=False) -> dict[str, ShardDocument]:

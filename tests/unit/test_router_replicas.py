@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 
+from services.common.breaker import Breaker
 from services.common.deadline import NO_DEADLINE
 from services.common.errors import BackendFailed, DependencyUnavailable, InvalidInput
 from services.search.ports import RetrievalQuery
 from services.search.shards import asking, replicas
-from services.search.shards.replicas import Replica
+from services.search.shards.calling import AskingOptions
+from services.search.shards.replicas import OneHost, Replica
 from services.search.shards.router import ShardRouter
 from tests.shard_hosts import BOOKS, FakeHost, eventually, soon
 
@@ -54,8 +56,11 @@ async def router(placement, failed) -> AsyncIterator[ShardRouter]:
     made = ShardRouter(
         placement,
         lambda text, language, *, stop_words: text.split(),
-        note_failure=lambda name: failed.update([name]),
-        note_fallback=lambda: failed.update(["answered by the fallback"]),
+        AskingOptions(
+            make_breaker=lambda name: Breaker(name, reset_s=0.2),
+            note_failure=lambda name: failed.update([name]),
+            note_fallback=lambda: failed.update(["answered by the fallback"]),
+        ),
     )
     yield made
     await made.aclose()
@@ -134,14 +139,22 @@ async def test_a_hasty_caller_puts_nobody_aside(router, hosts, failed) -> None:
     hosts["a0"].gate.set()
 
 
-async def test_without_a_well_replica_those_put_aside_are_tried(router, hosts) -> None:
-    """When both are away the answer is partial, and whole as soon as one is back."""
+async def test_when_all_replicas_are_away_nobody_is_asked_for_a_while(router, hosts) -> None:
+    """Their breakers open, the answer is partial and says so; it is whole soon after one is back."""
     hosts["a0"].error = hosts["b0"].error = AWAY
     for _ in range(5):
         found = await router.retrieve(BOOKS, QUESTION, soon())
         assert (found.ok, found.failures.keys()) == (2, {0, 2})
+    assert found.breaker_open == 2
+    before = len(hosts["a0"].asked) + len(hosts["b0"].asked)
+    for _ in range(5):
+        assert (await router.retrieve(BOOKS, QUESTION, soon())).breaker_open == 2
+    assert len(hosts["a0"].asked) + len(hosts["b0"].asked) == before
     hosts["b0"].error = None
-    assert (await router.retrieve(BOOKS, QUESTION, soon())).ok == 4
+    async with asyncio.timeout(10):
+        while (await router.retrieve(BOOKS, QUESTION, soon())).ok < 4:
+            await asyncio.sleep(0.01)
+    assert (await router.retrieve(BOOKS, QUESTION, soon())).breaker_open == 0
 
 
 async def test_bad_input_is_not_tried_on_another(router, hosts, failed) -> None:
@@ -261,3 +274,18 @@ async def test_a_forgotten_collection_is_forgotten_everywhere(router, hosts, pla
     await router.forget(BOOKS)
     assert [host.forgotten for name, host in hosts.items() if name != "a1"] == [[BOOKS.uuid]] * 3
     assert not any(replica.applied for replica in placement.everyone())
+
+
+async def test_a_shard_with_nobody_else_waits_for_the_probe_of_its_only_host() -> None:
+    """Of many searches at once when a paused host is back, one tries it and the others are whole too."""
+    host = FakeHost("only", error=AWAY)
+    clock = [0.0]
+    options = AskingOptions(make_breaker=lambda name: Breaker(name, reset_s=1.0, min_calls=1, clock=lambda: clock[0]))
+    router = ShardRouter(OneHost(Replica(host)), lambda text, language, *, stop_words: text.split(), options)
+    question = RetrievalQuery(1000)
+    assert (await router.retrieve(BOOKS, question, soon())).ok == 0
+    assert (await router.retrieve(BOOKS, question, soon())).breaker_open == BOOKS.shards
+    host.error, clock[0] = None, 1.0
+    found = await asyncio.gather(*(router.retrieve(BOOKS, question, soon()) for _ in range(5)))
+    assert [one.ok for one in found] == [BOOKS.shards] * 5
+    await router.aclose()

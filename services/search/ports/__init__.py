@@ -20,6 +20,8 @@ from services.search.ports.services import (
     RerankClient,
     Reranked,
     ResultCache,
+    SharedResultCache,
+    Watermarks,
 )
 from services.search.ports.shards import (
     AuditReport,
@@ -71,6 +73,8 @@ __all__ = [
     "ShardHost",
     "ShardQuery",
     "ShardStanding",
+    "SharedResultCache",
     "Vector",
+    "Watermarks",
     "Written",
 ]

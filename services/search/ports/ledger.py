@@ -1,6 +1,7 @@
 """The ledger as the use cases and the shards need it, and the values that pass through it."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -232,6 +233,10 @@ class Ledger(Protocol):
 
         Exact where the ledger is exclusive; otherwise what was last read, written or announced. 0 if nothing was.
         """
+        ...
+
+    def heard_collections(self) -> AbstractSet[str]:
+        """Return the uuids of the collections of which `heard_seq` knows; some may be deleted by now."""
         ...
 
     async def wait_for_news(self, timeout_s: float) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.common.deadline import Deadline
+from services.search.ports.ledger import Collection
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,10 @@ class EmbeddingClient(Protocol):
         """
         ...
 
+    async def embed_queries(self, texts: Sequence[str], deadline: Deadline, *, model: str | None = None) -> Embedded:
+        """Embed many questions at once, in the `bulk` lane: nobody waits for one of them. Raises as embed_query does."""
+        ...
+
     async def embed_documents(self, texts: Sequence[str], deadline: Deadline, *, model: str | None = None) -> Embedded:
         """Embed documents in the `bulk` lane. Raises as embed_query does, and Overloaded."""
         ...
@@ -68,7 +73,11 @@ class RerankClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """A stored answer (the reply's JSON), the operation number and epoch it is true for, and when it was made (Unix time)."""
+    """
+    A stored answer, the operation number and epoch it is true for, and when its making began (Unix time).
+
+    *body* is `Answer.head`: the reply's JSON but for what each caller is told by itself.
+    """
 
     as_of: int
     created_at: float
@@ -94,4 +103,44 @@ class ResultCache(Protocol):
 
     async def aclose(self) -> None:
         """Close connections."""
+        ...
+
+
+class SharedResultCache(ResultCache, Protocol):
+    """
+    A result cache that several processes use, with claims: who holds one makes the answer, the others wait for it.
+
+    A claim saves work and guards nothing: one that is lost costs a second making of the same answer.
+    """
+
+    async def claim(self, key: str, for_s: float) -> bool:
+        """Claim *key* for *for_s* seconds; False where another process has. True where claims cannot be kept now."""
+        ...
+
+    async def extend(self, key: str, for_s: float) -> None:
+        """Let the claim on *key* last for *for_s* seconds from now."""
+        ...
+
+    async def settle(self, key: str, entry: CacheEntry | None) -> None:
+        """Keep *entry*, if there is one, and let the claim on *key* go."""
+        ...
+
+    async def peek(self, key: str) -> tuple[CacheEntry | None, bool]:
+        """Return the entry, and whether *key* is claimed; neither when the cache cannot be reached."""
+        ...
+
+
+class Watermarks(Protocol):
+    """The last acknowledged operation of each collection, whoever wrote it."""
+
+    async def read(self, collection: Collection, deadline: Deadline) -> int | None:
+        """
+        Return the number of the last operation that was acknowledged at some moment after this call began, or a later one.
+
+        None where it cannot be known, soon and within *deadline*: then nothing older can be proven to be true still.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Stop reading."""
         ...

@@ -36,6 +36,16 @@ class HostMetrics:
             "tercet_shard_fallback_answers_total", "Shards in whose place the fallback index answered."
         )
 
+        self._lexical: Counter = metrics.counter(
+            "tercet_shard_lexical_failures_total", "Answers of shards that could not search their words."
+        )
+        self._hedged: Counter = metrics.counter(
+            "tercet_shard_hedged_reads_total",
+            "Reads that a second replica was asked too, by which of the two answered first.",
+            ("winner",),
+            ("first", "second"),
+        )
+
     def add(self, host: LocalHost) -> None:
         """Show how *host* stands from now on."""
         name = host.name
@@ -62,3 +72,11 @@ class HostMetrics:
     def note_fallback(self) -> None:
         """Count an answer of the fallback index."""
         self._fallback.inc()
+
+    def note_lexical_failure(self) -> None:
+        """Count an answer that is of the vectors alone as the words could not be searched."""
+        self._lexical.inc()
+
+    def note_hedge(self, second: bool) -> None:
+        """Count a read that two replicas were asked, *second* saying that the later one was first to answer."""
+        self._hedged.labels("second" if second else "first").inc()

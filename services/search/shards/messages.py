@@ -3,11 +3,16 @@ What travels between the router and a shard node, as MessagePack.
 
 A request is a map with the collection, mostly a shard's number, and what is asked; an answer is a map or a list.
 Vectors are raw little-endian float32; filters are dicts, which the node parses; candidates are columns.
+
+What the router reads may come from anybody who answers at a node's address: what is not of the right shape raises
+DependencyUnavailable, as if nobody had answered.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from types import NoneType
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import ormsgpack
@@ -30,6 +35,39 @@ from services.search.ports import (
 MEDIA_TYPE = "application/msgpack"
 
 Map = Mapping[str, Any]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _from_anybody(read: Callable[P, T]) -> Callable[P, T]:
+    @functools.wraps(read)
+    def reading(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return read(*args, **kwargs)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise DependencyUnavailable(f"A shard node sent what cannot be read: {type(error).__name__}") from None
+
+    return reading
+
+
+def _all(values: Sequence[Any], *types: type) -> Any:
+    """Return *values*, a list of which each is of one of *types*. Raises TypeError."""
+    if type(values) is not list or not {type(value) for value in values} <= set(types):
+        raise TypeError("not the expected values")
+    return values
+
+
+def _one(value: Any, *types: type) -> Any:
+    return _all([value], *types)[0]
+
+
+def _counts(found: Any) -> dict[str, int]:
+    """Return *found*, a map of strings to whole numbers. Raises TypeError."""
+    counts: dict[str, int] = _one(found, dict)
+    _all(list(counts), str)
+    _all(list(counts.values()), int)
+    return counts
 
 
 def pack(value: Any) -> bytes:
@@ -76,9 +114,23 @@ def statistics_out(statistics: LexicalStatistics) -> list[Any]:
     return [statistics.documents, dict(statistics.doc_freq)]
 
 
+@_from_anybody
 def statistics_in(found: Sequence[Any]) -> LexicalStatistics:
     """Return what `statistics_out` made a list of."""
-    return LexicalStatistics(found[0], found[1])
+    documents, doc_freq = found
+    return LexicalStatistics(_one(documents, int), _counts(doc_freq))
+
+
+@_from_anybody
+def yes_in(found: Any) -> bool:
+    """Read a yes or a no."""
+    return _one(found, bool)  # type: ignore[no-any-return]
+
+
+@_from_anybody
+def seq_in(found: Any) -> int:
+    """Read an operation's number."""
+    return _one(found, int)  # type: ignore[no-any-return]
 
 
 def filter_out(filter: Any) -> Map | None:
@@ -139,23 +191,32 @@ def answer_out(answer: ShardAnswer) -> Map:
         "plan": None if answer.plan is None else dict(answer.plan),
         "facets": {field: dict(counts) for field, counts in answer.facets.items()},
         "catching_up": answer.catching_up,
+        "lexical_failed": answer.lexical_failed,
     }
 
 
+@_from_anybody
 def answer_in(found: Map) -> ShardAnswer:
     """Return the answer."""
-    shard = found["shard"]
+    shard = _one(found["shard"], int)
+    columns = (
+        _all(found["ids"], str),
+        _all(found["rows"], int),
+        _all(found["dense"], float, NoneType),
+        _all(found["bm25"], float, NoneType),
+    )
+    timings_ms = _one(found["timings_ms"], dict)
+    _all(list(timings_ms), str)
+    _all(list(timings_ms.values()), float, int)
     return ShardAnswer(
         shard=shard,
-        applied_seq=found["applied_seq"],
-        candidates=[
-            Candidate(id, shard, row, dense, bm25)
-            for id, row, dense, bm25 in zip(found["ids"], found["rows"], found["dense"], found["bm25"], strict=True)
-        ],
-        timings_ms=found["timings_ms"],
-        plan=found["plan"],
-        facets=found["facets"],
-        catching_up=found["catching_up"],
+        applied_seq=_one(found["applied_seq"], int),
+        candidates=[Candidate(id, shard, row, dense, bm25) for id, row, dense, bm25 in zip(*columns, strict=True)],
+        timings_ms=timings_ms,
+        plan=_one(found["plan"], dict, NoneType),
+        facets={_one(field, str): _counts(counts) for field, counts in found["facets"].items()},
+        catching_up=_one(found["catching_up"], bool),
+        lexical_failed=_one(found["lexical_failed"], bool),
     )
 
 
@@ -174,10 +235,18 @@ def documents_out(documents: Mapping[str, ShardDocument]) -> list[Any]:
     ]
 
 
+@_from_anybody
 def documents_in(found: Sequence[Any]) -> dict[str, ShardDocument]:
     """Return stored fields by id."""
     return {
-        id: ShardDocument(id, text, title, metadata, None if vector is None else _vector_in(vector), seq)
+        _one(id, str): ShardDocument(
+            id,
+            _one(text, str),
+            _one(title, str, NoneType),
+            _one(metadata, dict),
+            None if vector is None else _vector_in(vector),
+            _one(seq, int),
+        )
         for id, text, title, metadata, vector, seq in found
     }
 
@@ -187,9 +256,10 @@ def matches_out(matches: Sequence[Match]) -> list[Any]:
     return [[match.id, match.seq] for match in matches]
 
 
+@_from_anybody
 def matches_in(found: Sequence[Any]) -> list[Match]:
     """Return the matches."""
-    return [Match(id, seq) for id, seq in found]
+    return [Match(_one(id, str), _one(seq, int)) for id, seq in found]
 
 
 def standings_out(standings: Sequence[ShardStanding]) -> list[Map]:
@@ -197,6 +267,7 @@ def standings_out(standings: Sequence[ShardStanding]) -> list[Map]:
     return [asdict(standing) for standing in standings]
 
 
+@_from_anybody
 def standings_in(found: Sequence[Map]) -> list[ShardStanding]:
     """Return the standings."""
     return [ShardStanding(**standing) for standing in found]
@@ -207,6 +278,7 @@ def report_out(report: AuditReport) -> Map:
     return asdict(report)
 
 
+@_from_anybody
 def report_in(found: Map) -> AuditReport:
     """Return the report."""
     return AuditReport(**found)

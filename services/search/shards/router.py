@@ -3,32 +3,36 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from services.common.deadline import Deadline
-from services.common.errors import DeadlineExceeded, DependencyUnavailable, InvalidInput, NotFound, NotReady
+from services.common.errors import DeadlineExceeded, DependencyUnavailable, NotReady
 from services.search.ports import (
     AuditReport,
     Candidate,
     Collection,
-    LexicalStatistics,
     Match,
     RetrievalQuery,
     Retrieved,
     ShardAnswer,
+    ShardCall,
     ShardDocument,
     ShardQuery,
     ShardStanding,
 )
-from services.search.shards.asking import Asker, describe
+from services.search.shards.asking import Asker
+from services.search.shards.calling import AskingOptions
+from services.search.shards.gathering import Gathered, Gatherer
+from services.search.shards.merging import NOTHING, Counted, add_up, is_whole, merged, stands
 from services.search.shards.replicas import Placement, Replica
+from services.search.shards.term_statistics import TermStatistics
 
 T = TypeVar("T")
 
-STATISTICS_SHARE = 0.25  # of the time left: a shard that hangs must not use up the search's time
+STATISTICS_SHARE = 0.5  # of the time left: a shard that hangs must not use up the search's time
 MAX_QUERY_TERMS = 512  # Of a longer question the first words count: each costs a list to read in every shard.
 STANDING_PATIENCE_S = 1.0
 
@@ -43,15 +47,6 @@ class Analyze(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Gathered(Generic[T]):
-    """What shards said, by number: the answers, why some failed, and which have not answered in time."""
-
-    answers: Mapping[int, T]
-    failures: Mapping[int, str]
-    late: frozenset[int]
-
-
 class ShardRouter:
     """
     The `Retriever` port over the hosts of a placement.
@@ -64,15 +59,16 @@ class ShardRouter:
         self,
         placement: Placement,
         analyze: Analyze,
+        options: AskingOptions | None = None,
         *,
-        note_failure: Callable[[str], None] = lambda _: None,
-        note_fallback: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Ask the hosts of *placement*, which are not closed by this; *note_failure* is told the name of one that failed."""
+        """Ask the hosts of *placement*, which are not closed by this, as *options* say."""
         self._placement = placement
         self._analyze = analyze
-        self._asker = Asker(placement, note_failure=note_failure, note_fallback=note_fallback)
-        self._asking: set[asyncio.Task[Any]] = set()
+        self._calls = Gatherer()
+        self._asker = Asker(placement, options or AskingOptions(), self._calls.keep)
+        self._terms = TermStatistics(clock)
         self._closed = False
 
     # --- reading
@@ -81,43 +77,36 @@ class ShardRouter:
         """
         Ask all shards side by side; those that fail or are late are reported, not raised.
 
+        A question's words take two rounds, the first to count them, unless they were counted lately. A shard that fails
+        or is late in the first is not asked in the second, so that it does not use up the others' time.
+
         Raises:
             InvalidInput: A shard refused the query itself.
             NotFound: The collection was deleted.
         """
         self._check_open()
+        calls: dict[int, ShardCall] = {}
         timings_ms: dict[str, float] = {}
-        terms: Sequence[str] = ()
-        statistics: LexicalStatistics | None = None
-        refused: Mapping[int, str] = {}
-        if query.text is not None:
-            began = time.perf_counter()
-            words = self._analyze(query.text, collection.language, stop_words=query.stop_words)
-            terms = words[:MAX_QUERY_TERMS]
-            statistics, refused = await self._statistics(collection, sorted(set(terms)), deadline)
-            timings_ms["statistics"] = (time.perf_counter() - began) * 1000
-        question = ShardQuery(
-            limit=query.limit,
-            vector=query.vector,
-            terms=terms,
-            statistics=statistics,
-            filter=query.filter,
-            match=query.match,
-            prefix=query.prefix,
-            exact=query.exact,
-            explain=query.explain,
-            facets=query.facets,
-        )
-        gathered = await self._gather(
-            {
-                shard: self._asker.search(collection, shard, question, deadline)
-                for shard in range(collection.shards)
-                if shard not in refused
-            },
-            deadline,
-        )
-        merged = _merge(collection, query, gathered, refused, timings_ms)
-        return replace(merged, terms=terms, statistics=statistics)
+        if query.text is None:
+            gathered = await self._search(collection, query, (), NOTHING, calls, deadline)
+            return merged(collection, query, NOTHING, gathered, calls, timings_ms)
+        began = time.perf_counter()
+        words = self._analyze(query.text, collection.language, stop_words=query.stop_words)
+        terms = words[:MAX_QUERY_TERMS]
+        distinct = sorted(set(terms))
+        local = all(replica.local for replica in self._placement.everyone())
+        known = None if local else self._terms.find(collection.uuid, distinct, self._asker.promised(collection.uuid))
+        counted = Counted(known.statistics) if known else await self._count(collection, distinct, deadline, local=local)
+        timings_ms["statistics"] = (time.perf_counter() - began) * 1000
+        gathered = await self._search(collection, query, terms, counted, calls, deadline)
+        if known is not None and self._terms.moved(collection.uuid, known, stands(gathered)):
+            recounted = await self._count(collection, distinct, deadline, local=False)
+            again = await self._search(collection, query, terms, recounted, calls, deadline)
+            if len(again.answers) >= len(gathered.answers):
+                known, counted, gathered = None, recounted, again
+        if not local and known is None and counted.statistics and counted.whole and is_whole(collection, gathered):
+            self._terms.learn(collection.uuid, counted.statistics, stands(gathered))
+        return replace(merged(collection, query, counted, gathered, calls, timings_ms), terms=terms)
 
     async def fetch(
         self, collection: Collection, candidates: Sequence[Candidate], deadline: Deadline, *, vectors: bool = False
@@ -127,11 +116,12 @@ class ShardRouter:
         ids: dict[int, list[str]] = {}
         for candidate in candidates:
             ids.setdefault(candidate.shard, []).append(candidate.id)
-        gathered = await self._gather(
+        gathered = await self._calls.side_by_side(
             {
                 shard: self._asker.ask(
                     collection,
                     shard,
+                    "fetch",
                     lambda host, until, shard=shard, wanted=wanted: host.fetch(  # type: ignore[misc]
                         collection, shard, wanted, until, vectors=vectors
                     ),
@@ -149,11 +139,12 @@ class ShardRouter:
     async def matching(self, collection: Collection, filter: Any, deadline: Deadline, *, limit: int) -> list[Match]:
         """See Retriever. The order is that of the shards' numbers, and in each its own."""
         self._check_open()
-        gathered = await self._gather(
+        gathered = await self._calls.side_by_side(
             {
                 shard: self._asker.ask(
                     collection,
                     shard,
+                    "matching",
                     lambda host, until, shard=shard: host.matching(  # type: ignore[misc]
                         collection, shard, filter, until, limit=limit
                     ),
@@ -182,11 +173,8 @@ class ShardRouter:
     async def wait_applied(self, collection: Collection, seq: int, deadline: Deadline) -> bool:
         """See Retriever. False too where no replica of a shard could say."""
         self._check_open()
-        gathered = await self._gather(
-            {
-                shard: self._asker.wait_applied(collection, shard, seq, deadline, self._keep)
-                for shard in range(collection.shards)
-            },
+        gathered = await self._calls.side_by_side(
+            {shard: self._asker.wait_applied(collection, shard, seq, deadline) for shard in range(collection.shards)},
             deadline,
         )
         return len(gathered.answers) == collection.shards and all(gathered.answers.values())
@@ -211,7 +199,7 @@ class ShardRouter:
             replica for replica in self._placement.everyone() if fallback or replica is not self._placement.fallback
         ]
         calls = {index: replica.host.standings(collection, deadline) for index, replica in enumerate(everyone)}
-        gathered = await self._gather(calls, deadline)
+        gathered = await self._calls.side_by_side(calls, deadline)
         return {everyone[index].host.name: standings for index, standings in gathered.answers.items()}
 
     # --- orders to all hosts
@@ -238,6 +226,7 @@ class ShardRouter:
         for replica in self._placement.everyone():
             replica.forget(collection.uuid)
         self._asker.forget(collection.uuid)
+        self._terms.forget(collection.uuid)
         forgetting = [replica.host.forget(collection) for replica in self._placement.everyone()]
         for outcome in await asyncio.gather(*forgetting, return_exceptions=True):
             if isinstance(outcome, Exception):
@@ -246,85 +235,60 @@ class ShardRouter:
     async def aclose(self) -> None:
         """Drop late answers; the hosts stay open. Closing twice does no harm."""
         self._closed = True
-        asking = list(self._asking)
-        for task in asking:
-            task.cancel()
-        if asking:
-            await asyncio.wait(asking)
+        await self._calls.aclose()
 
     # --- asking
 
-    async def _statistics(
-        self, collection: Collection, terms: Sequence[str], deadline: Deadline
-    ) -> tuple[LexicalStatistics, Mapping[int, str]]:
-        """Return the statistics of all shards that gave them in time, and why others failed."""
+    async def _count(self, collection: Collection, terms: Sequence[str], deadline: Deadline, *, local: bool) -> Counted:
+        """Ask all shards for the statistics of *terms*, for a share of the time left."""
         remaining_s = deadline.remaining_s()
         until = deadline if remaining_s == float("inf") else Deadline.after(remaining_s * STATISTICS_SHARE)
         calls = {
             shard: self._asker.ask(
                 collection,
                 shard,
+                "statistics",
                 lambda host, until, shard=shard: host.statistics(collection, shard, terms, until),  # type: ignore[misc]
                 until,
             )
             for shard in range(collection.shards)
         }
-        if all(replica.local for replica in self._placement.everyone()):
+        if local:
             # Microseconds each, and they do not wait: tasks for them would take longer.
-            gathered = await self._one_by_one(calls)
+            gathered = await self._calls.one_by_one(calls)
         else:
-            gathered = await self._gather(calls, until)
-        return sum(gathered.answers.values(), LexicalStatistics(0, {})), gathered.failures
+            gathered = await self._calls.side_by_side(calls, until)
+        return add_up(collection, gathered)
 
-    async def _one_by_one(self, calls: Mapping[int, Coroutine[Any, Any, T]]) -> _Gathered[T]:
-        answers: dict[int, T] = {}
-        failures: dict[int, str] = {}
-        late: set[int] = set()
-        waiting = dict(calls)
-        try:
-            while waiting:
-                number, call = waiting.popitem()
-                try:
-                    answers[number] = await call
-                except (InvalidInput, NotFound):
-                    raise
-                except DeadlineExceeded:
-                    late.add(number)
-                except Exception as error:
-                    failures[number] = describe(error)
-        finally:
-            for call in waiting.values():
-                call.close()
-        return _Gathered(answers, failures, frozenset(late))
-
-    async def _gather(self, calls: Mapping[int, Coroutine[Any, Any, T]], deadline: Deadline) -> _Gathered[T]:
-        """Run *calls* side by side: what is late is left to finish, what a cancelled caller asked is cancelled."""
-        tasks = {number: self._keep(asyncio.create_task(call)) for number, call in calls.items()}
-        remaining_s = deadline.remaining_s()
-        try:
-            if tasks:
-                timeout_s = None if remaining_s == float("inf") else max(0.0, remaining_s)
-                await asyncio.wait(tasks.values(), timeout=timeout_s)
-        except asyncio.CancelledError:
-            for task in tasks.values():
-                task.cancel()
-            raise
-        answers: dict[int, T] = {}
-        failures: dict[int, str] = {}
-        late: set[int] = set()
-        for number, task in tasks.items():
-            error = None if not task.done() or task.cancelled() else task.exception()
-            if isinstance(error, InvalidInput | NotFound):
-                raise error
-            if not task.done() or isinstance(error, DeadlineExceeded):
-                late.add(number)
-            elif task.cancelled():
-                failures[number] = "it was cancelled"
-            elif error is not None:
-                failures[number] = describe(error)
-            else:
-                answers[number] = task.result()
-        return _Gathered(answers, failures, frozenset(late))
+    async def _search(
+        self,
+        collection: Collection,
+        query: RetrievalQuery,
+        terms: Sequence[str],
+        counted: Counted,
+        calls: dict[int, ShardCall],
+        deadline: Deadline,
+    ) -> Gathered[ShardAnswer]:
+        question = ShardQuery(
+            limit=query.limit,
+            vector=query.vector,
+            terms=terms,
+            statistics=counted.statistics,
+            filter=query.filter,
+            match=query.match,
+            prefix=query.prefix,
+            exact=query.exact,
+            explain=query.explain,
+            facets=query.facets,
+        )
+        noted = calls if query.explain else None
+        left_out = counted.left_out
+        asked = {
+            shard: self._asker.search(collection, shard, question, deadline, noted)
+            for shard in range(collection.shards)
+            if shard not in left_out
+        }
+        return await self._calls.side_by_side(asked, deadline)
 
     async def _on_every_host(
         self, collection: Collection, call: Callable[[Any, int], Coroutine[Any, Any, T]], deadline: Deadline
@@ -336,60 +300,12 @@ class ShardRouter:
             for replica in [*self._placement.replicas(shard), *([fallback] if fallback is not None else ())]
         ]
         calls = {index: call(host, shard) for index, (host, shard) in enumerate(asked)}
-        gathered = await self._gather(calls, deadline)
+        gathered = await self._calls.side_by_side(calls, deadline)
         answers: dict[str, list[T]] = {}
         for index, answer in sorted(gathered.answers.items()):
             answers.setdefault(asked[index][0].name, []).append(answer)
         return answers
 
-    def _keep(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
-        self._asking.add(task)
-        task.add_done_callback(self._asked)
-        return task
-
-    def _asked(self, task: asyncio.Task[Any]) -> None:
-        self._asking.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.debug("shard_call_failed", error=repr(error))
-
     def _check_open(self) -> None:
         if self._closed:
             raise NotReady("The shards are closed: the service is shutting down")
-
-
-def _merge(
-    collection: Collection,
-    query: RetrievalQuery,
-    gathered: _Gathered[ShardAnswer],
-    refused: Mapping[int, str],
-    timings_ms: dict[str, float],
-) -> Retrieved:
-    answers = gathered.answers.values()
-    for answer in answers:
-        for stage, spent in answer.timings_ms.items():
-            timings_ms[stage] = max(spent, timings_ms.get(stage, 0.0))
-    return Retrieved(
-        candidates=[candidate for answer in answers for candidate in answer.candidates],
-        total=collection.shards,
-        ok=len(answers),
-        catching_up=sum(answer.catching_up for answer in answers),
-        failures={**refused, **gathered.failures},
-        timed_out=len(gathered.late),
-        as_of=min((answer.applied_seq for answer in answers), default=0),
-        timings_ms=timings_ms,
-        fallback=sum(answer.fallback for answer in answers),
-        plans={number: answer.plan for number, answer in gathered.answers.items() if answer.plan is not None},
-        facets=_facets(query, [answer.facets for answer in answers]) if query.facets else {},
-    )
-
-
-def _facets(query: RetrievalQuery, parts: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
-    """Add up the shards' counts and return, for each field, the commonest values first, ties by value."""
-    merged: dict[str, dict[str, int]] = {}
-    for field, limit in query.facets.items():
-        counts: dict[str, int] = {}
-        for part in parts:
-            for value, count in part.get(field, {}).items():
-                counts[value] = counts.get(value, 0) + count
-        merged[field] = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:limit])
-    return merged
