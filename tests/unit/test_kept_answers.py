@@ -1,13 +1,16 @@
 """Which answers are kept, when they are given again, and what makes two questions the same."""
 
+import asyncio
+import time
 from dataclasses import replace
 
 import pytest
 
-from services.common.errors import DependencyUnavailable
+from services.common.deadline import Deadline
+from services.common.errors import DependencyUnavailable, Unavailable
+from services.common.wire.search import SearchRequest
 from services.search.cache import MemoryResultCache
-from services.search.ports import CacheEntry
-from tests.search_ports import BOOKS, SEQ, Stack, ids, make_stack
+from tests.search_ports import BOOKS, SEQ, Stack, make_stack
 
 
 @pytest.fixture
@@ -118,19 +121,6 @@ async def test_a_cached_answer_needs_no_model(stack):
     assert (reply.cache.hit, reply.degraded) == (True, [])
 
 
-@pytest.mark.parametrize("body", [b"", b"not json", b"[]", b'{"collection": "books"}'])
-async def test_an_entry_that_cannot_be_read_is_a_miss(stack, body):
-    """An answer that another version wrote, or that is broken, is made anew."""
-    await stack.search()
-
-    async def get(_key: str) -> CacheEntry:
-        return CacheEntry(SEQ, 0.0, body)
-
-    stack.cache.get = get
-    reply = await stack.search()
-    assert (reply.cache.hit, ids(reply)) == (False, ["d", "c", "b", "a"])
-
-
 async def test_an_explained_search_passes_the_cache_by(stack):
     """Who asks how it was searched wants it searched."""
     await stack.search()
@@ -150,3 +140,114 @@ async def test_answers_outlive_a_restart(stack):
     await stack.search()
     stack.ledger.past, stack.ledger.epoch = {stack.ledger.epoch}, "second"
     assert (await stack.search()).cache.hit
+
+
+async def test_an_explained_search_says_what_the_cache_would_have_said(stack):
+    """Nothing there, then a fresh answer, then one that the collection has moved away from."""
+    decisions = [(await stack.search(explain=True)).explain.cache]
+    await stack.search()
+    decisions.append((await stack.search(explain=True)).explain.cache)
+    stack.ledger.seq += 1
+    decisions.append((await stack.search(explain=True)).explain.cache)
+    told = [(one.decision, one.as_of, one.watermark) for one in decisions]
+    assert told == [("absent", None, None), ("fresh", SEQ, SEQ), ("moved", SEQ, SEQ + 1)]
+
+
+async def test_an_older_answer_where_the_caller_allows_it(stack):
+    """Within max_stale_s the collection may have moved; an answer over that age is made anew."""
+    await stack.search()
+    stack.ledger.seq += 1
+    assert (await stack.search(max_stale_s=60)).cache.hit
+    assert not (await stack.search(max_stale_s=0.0)).cache.hit
+    await asyncio.sleep(0.02)
+    assert not (await stack.search(max_stale_s=0.001)).cache.hit
+
+
+async def test_reading_ones_own_write_beats_staleness(stack):
+    """An answer from before min_seq is no hit, however old an answer may be."""
+    await stack.search()
+    stack.ledger.seq += 1
+    assert not (await stack.search(max_stale_s=60, min_seq=SEQ + 1)).cache.hit
+
+
+async def test_tenants_have_their_own_answers(stack):
+    """What one key's search found is not given to another's."""
+    await stack.search()
+    request = SearchRequest(query="why", collection="books")
+    other = await stack.pipeline.search(request, Deadline.after(30), tenant="other")
+    assert (other.cache.hit, (await stack.search()).cache.hit) == (False, True)
+
+
+async def test_the_last_good_answer_when_nothing_can_be_searched(stack):
+    """It is flagged stale, with its age; once shards answer again so does the pipeline."""
+    first = await stack.search()
+    stack.ledger.seq += 1
+    stack.retriever.answer = replace(stack.retriever.answer, ok=0, failures={0: "down", 1: "down"})
+    reply = await stack.search()
+    assert (reply.degraded, reply.cache.hit, reply.cache.stale, reply.hits) == (["stale"], True, True, first.hits)
+    assert reply.request_id == "r-1"
+    with pytest.raises(Unavailable):
+        await stack.search(require={"fresh": True})
+    with pytest.raises(Unavailable):
+        await stack.search("another question")
+    stack.retriever.answer = replace(stack.retriever.answer, ok=2, failures={}, as_of=SEQ + 1)
+    reply = await stack.search()
+    assert (reply.degraded, reply.cache.hit) == ([], False)
+
+
+async def test_a_ledger_that_cannot_be_asked_proves_nothing(stack):
+    """Whether the collection has moved is not known then: the search runs, as it needs no ledger."""
+    await stack.search()
+    stack.ledger.down = True
+    reply = await stack.search()
+    assert (reply.cache.hit, reply.degraded) == (False, [])
+
+
+async def test_a_clock_that_was_ahead_gives_no_stale_answers(stack, monkeypatch):
+    """An answer from the future has no age: it is given where it is proven true, and never as an older one."""
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600)
+    await stack.search()
+    monkeypatch.setattr(time, "time", now)
+    reply = await stack.search()
+    assert (reply.cache.hit, reply.cache.age_ms) == (True, 0)
+    stack.ledger.seq += 1
+    assert not (await stack.search(max_stale_s=600)).cache.hit
+
+
+async def test_the_same_question_at_the_same_time_runs_once(stack):
+    """A herd of equal searches costs one: embedding, shards and reranker are asked once."""
+    replies = await asyncio.gather(*(stack.search() for _ in range(20)))
+    assert (len(stack.retriever.queries), len(stack.embedding.asked), len(stack.reranker.asked)) == (1, 1, 1)
+    assert all(reply.hits == replies[0].hits for reply in replies)
+
+
+async def test_who_asks_after_a_write_never_shares_what_began_before_it(stack):
+    """A search under way may lack a write that was acknowledged meanwhile; who asks after that gets another one's answer."""
+    gate, retrieve = asyncio.Event(), stack.retriever.retrieve
+
+    async def slow(*arguments):
+        found = await retrieve(*arguments)
+        await gate.wait()
+        return found
+
+    stack.retriever.retrieve = slow
+    before = asyncio.create_task(stack.search())
+    while not stack.retriever.queries:
+        await asyncio.sleep(0)
+    stack.ledger.seq += 1
+    stack.retriever.answer = replace(stack.retriever.answer, as_of=SEQ + 1)
+    after = [asyncio.create_task(stack.search()) for _ in range(3)]
+    await asyncio.sleep(0)
+    gate.set()
+    assert (await before).as_of == SEQ
+    assert [(await task).as_of for task in after] == [SEQ + 1] * 3
+    assert len(stack.retriever.queries) == 2
+
+
+async def test_other_requirements_are_other_flights(stack):
+    """A search that forbids a step down does not fail the others with it."""
+    stack.embedding.error = DependencyUnavailable("down")
+    strict, plain = await asyncio.gather(stack.search(require={"dense": True}), stack.search(), return_exceptions=True)
+    assert isinstance(strict, DependencyUnavailable)
+    assert plain.degraded == ["embedding_unavailable"]

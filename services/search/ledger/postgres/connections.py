@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
+from services.common.breaker import Breaker, NotAFailure
 from services.common.errors import InvalidInput, TercetError, Unavailable
 from services.search.ledger.postgres.epochs import Epoch, present_epoch
 from services.search.ledger.postgres.failures import RETRY_AFTER_S, explain
@@ -19,6 +20,7 @@ ACQUIRE_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 STATEMENT_TIMEOUT_S = 30.0
 IDLE_LIFETIME_S = 300.0
+GLANCE_TIMEOUT_S = 2.0
 
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,47}")
 _SESSION = {
@@ -84,9 +86,16 @@ class Connections:
     Once a connection finds another epoch, the older ones are used no more: nothing that is read mixes two histories.
     """
 
-    def __init__(self, address: Address, epoch: Epoch, on_epoch: Callable[[], None], *, size: int) -> None:
-        """Prepare a pool that begins in *epoch*; `open` it. *on_epoch* is called whenever the epoch has changed."""
+    def __init__(
+        self, address: Address, epoch: Epoch, on_epoch: Callable[[], None], *, size: int, breaker: Breaker | None = None
+    ) -> None:
+        """
+        Prepare a pool that begins in *epoch*; `open` it. *on_epoch* is called whenever the epoch has changed.
+
+        *breaker* is that of `glance`.
+        """
         self._address = address
+        self._breaker = breaker or Breaker("ledger")
         self._epoch = epoch
         self._on_epoch = on_epoch
         self._epochs: dict[int, Epoch] = {}
@@ -135,6 +144,34 @@ class Connections:
             raise explain(error, self._address.place, writing=False) from error
         except Exception as error:
             raise explain(error, self._address.place, writing=writing) from error
+
+    @asynccontextmanager
+    async def glance(self) -> AsyncIterator[asyncpg.Connection]:
+        """
+        Lend a connection for one of the short reads that searches wait for, behind the breaker.
+
+        Writers and followers have time, and are not kept from trying: they do not come this way.
+
+        Raises:
+            Unavailable: As `session`; the read took over two seconds; the breaker is open.
+        """
+        try:
+            async with self._breaker.guard():
+                try:
+                    async with asyncio.timeout(GLANCE_TIMEOUT_S), self.session() as connection:
+                        try:
+                            yield connection
+                        except asyncio.CancelledError:
+                            connection.terminate()  # a server that does not answer would hold up its return to the pool
+                            raise
+                except TimeoutError as error:
+                    raise explain(error, self._address.place, writing=False) from error
+                except Unavailable:
+                    raise
+                except TercetError as error:  # the question was wrong, and the database well
+                    raise NotAFailure from error
+        except NotAFailure as error:
+            raise error.__cause__ or error from None
 
     async def aclose(self) -> None:
         """Close all connections, without ceremony where the server does not answer; those in use are given back before."""

@@ -3,12 +3,14 @@
 import asyncio
 import uuid as uuids
 from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
 import asyncpg
 import structlog
 
+from services.common.breaker import Breaker
 from services.common.errors import NotFound, NotReady
 from services.common.tracing import span
 from services.search.ledger.clearing import Clearing
@@ -64,11 +66,12 @@ class PostgresLedger:
         self._clearing = Clearing(address.place, self._clear_part)
 
     @classmethod
-    async def open(cls, url: str, *, pool_size: int = POOL_SIZE) -> "PostgresLedger":
+    async def open(cls, url: str, *, pool_size: int = POOL_SIZE, breaker: Breaker | None = None) -> "PostgresLedger":
         """
         Open the ledger at *url* (see Address.parse), making its schema and tables where there are none.
 
-        Up to *pool_size* connections are used at a time, and one more to listen.
+        Up to *pool_size* connections are used at a time, and one more to listen. *breaker* guards the reads that searches
+        wait for: names, watermarks, history.
 
         Raises:
             InvalidInput: The schema's name cannot be used.
@@ -82,7 +85,7 @@ class PostgresLedger:
             await migrate(connection, address.schema)
             if not await insist_on_durability(connection):
                 _log.warning("ledger_not_durable", ledger=address.place, reason="PostgreSQL runs with fsync=off")
-            ledger = await cls._start(address, connection, pool_size)
+            ledger = await cls._start(address, connection, pool_size, breaker)
         except BaseException as error:
             if connection is not None:
                 connection.terminate()
@@ -93,12 +96,14 @@ class PostgresLedger:
         return ledger
 
     @classmethod
-    async def _start(cls, address: Address, connection: asyncpg.Connection, pool_size: int) -> "PostgresLedger":
+    async def _start(
+        cls, address: Address, connection: asyncpg.Connection, pool_size: int, breaker: Breaker | None
+    ) -> "PostgresLedger":
         origin = uuids.uuid4().hex
         epoch = await epochs.present_epoch(connection, address.schema)
 
         heard = Heard()
-        connections = Connections(address, epoch, heard.forget_all, size=pool_size)
+        connections = Connections(address, epoch, heard.forget_all, size=pool_size, breaker=breaker)
 
         async def listener() -> asyncpg.Connection:
             again = await connect(address)
@@ -122,7 +127,7 @@ class PostgresLedger:
 
     async def shares_history(self, uuid: str, epoch: str, seq: int) -> bool:
         """Whether operations up to *seq* of a collection, read in *epoch*, are this ledger's too."""
-        async with self._session("shares_history") as connection:
+        async with self._glance("shares_history") as connection:
             return await epochs.shares_history(connection, uuid, epoch, seq)
 
     # --- collections and aliases
@@ -134,12 +139,12 @@ class PostgresLedger:
 
     async def list_collections(self) -> list[Collection]:
         """Return all collections, by name."""
-        async with self._session("collections") as connection:
+        async with self._glance("collections") as connection:
             return await names.collections(connection)
 
     async def find_collection(self, name: str) -> Collection | None:
         """Return the collection of that name, or the one that the alias of that name means, if there is one."""
-        async with self._session("collections") as connection:
+        async with self._glance("collections") as connection:
             return await names.find(connection, name)
 
     async def delete_collection(self, uuid: str) -> bool:
@@ -216,7 +221,7 @@ class PostgresLedger:
 
     async def state(self, uuid: str) -> CollectionState:
         """Return where the collection stands. Raises NotFound."""
-        async with self._session("state") as connection:
+        async with self._glance("state") as connection:
             state = await rows.state(connection, uuid)
         self._heard.hear(uuid, state.seq)
         return state
@@ -224,6 +229,10 @@ class PostgresLedger:
     def heard_seq(self, uuid: str) -> int:
         """Return the last operation number that was read, written or announced in this epoch; 0 if none was."""
         return self._heard.seq(uuid)
+
+    def heard_collections(self) -> AbstractSet[str]:
+        """Return the uuids of the collections of which something was read, written or announced in this epoch."""
+        return self._heard.collections()
 
     async def wait_for_news(self, timeout_s: float) -> None:
         """Return when another process has announced a change since the last call, or *timeout_s* is over."""
@@ -255,6 +264,11 @@ class PostgresLedger:
     @asynccontextmanager
     async def _session(self, operation: str, *, writing: bool = False) -> AsyncIterator[asyncpg.Connection]:
         async with self._call(operation), self._connections.session(writing=writing) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def _glance(self, operation: str) -> AsyncIterator[asyncpg.Connection]:
+        async with self._call(operation), self._connections.glance() as connection:
             yield connection
 
     @asynccontextmanager

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +27,10 @@ class Heard:
     def seq(self, uuid: str) -> int:
         """Return a collection's number; 0 where nothing was heard."""
         return self._seqs.get(uuid, 0)
+
+    def collections(self) -> AbstractSet[str]:
+        """Return the uuids of the collections of which something was heard."""
+        return self._seqs.keys()
 
     def hear(self, uuid: str, seq: int) -> None:
         """Take note that a collection has come to *seq*, or beyond."""
