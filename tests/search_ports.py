@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from services.common.admission import Admission
 from services.common.deadline import Deadline
 from services.common.errors import NotFound, Unavailable
 from services.common.wire.search import SearchReply, SearchRequest
 from services.search.cache import MemoryResultCache
 from services.search.catalog import OWN_VECTORS, Catalog
-from services.search.pipeline import PipelineOptions, SearchPipeline
+from services.search.kept_answers import KeptAnswers
+from services.search.pipeline import SearchPipeline
 from services.search.ports import (
     CacheEntry,
     Candidate,
@@ -28,6 +30,9 @@ from services.search.ports import (
     ShardDocument,
     Vector,
 )
+from services.search.quality import NOT_WATCHED
+from services.search.stages import PipelineOptions
+from services.search.watermarks import watermarks_of
 
 MODEL = EmbeddingModel("m", "m@1", 2)
 BOOKS = Collection("uuid-books", "books", "m", "m@1", 2, 2, 0.0)
@@ -131,6 +136,7 @@ class Embedding:
         self.error: Exception | None = None
         self.asked: list[tuple[str, Deadline]] = []
         self.names = {"m"}
+        self.together: list[list[str]] = []
 
     async def model(self, deadline: Deadline, *, model: str | None = None) -> EmbeddingModel:
         return self.model_is
@@ -142,6 +148,14 @@ class Embedding:
         if model not in self.names:
             raise NotFound(f"There is no model {model!r}", param="model")
         return Embedded(np.array([[1.0, 0.0]], dtype=np.float32), self.model_is)
+
+    async def embed_queries(self, texts: Sequence[str], deadline: Deadline, *, model: str | None = None) -> Embedded:
+        """Give each text a vector by its length, so that tests see whose it is."""
+        self.together.append(list(texts))
+        if self.error:
+            raise self.error
+        rows = np.array([[1.0, len(text)] for text in texts], dtype=np.float32)
+        return Embedded(rows, self.model_is)
 
 
 class Reranker:
@@ -189,7 +203,7 @@ class Stack(SimpleNamespace):
         return await self.pipeline.search(request, Deadline.after(timeout_s), request_id="r-1")
 
 
-def make_stack(*, cache=None, **options) -> Stack:
+def make_stack(*, cache=None, admission=None, watch=NOT_WATCHED, **options) -> Stack:
     """Return a pipeline over fresh ports."""
     ledger, retriever, embedding, reranker = MemoryLedger(), MemoryRetriever(), Embedding(), Reranker()
     cache = cache or MemoryResultCache(max_bytes=1 << 20, ttl_s=60)
@@ -210,12 +224,21 @@ def make_stack(*, cache=None, **options) -> Stack:
         retriever,
         embedding,
         reranker,
-        cache,
+        KeptAnswers(cache, watermarks_of(ledger), ledger, list(settings.values()), stale_if_error_s=60.0),
         PipelineOptions(**settings),
+        admission=admission or Admission("searches"),
         highlighter=WordHighlighter(),
+        watch=watch,
+        breakers=lambda: {"embedding": "closed", "rerank": "open"},
     )
     return Stack(
-        ledger=ledger, retriever=retriever, embedding=embedding, reranker=reranker, cache=cache, pipeline=pipeline
+        ledger=ledger,
+        retriever=retriever,
+        embedding=embedding,
+        reranker=reranker,
+        cache=cache,
+        catalog=catalog,
+        pipeline=pipeline,
     )
 
 

@@ -2,8 +2,12 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from services.common.wire.search import (
+    BudgetExplanation,
     CacheReply,
     CandidateCounts,
     Coverage,
@@ -16,14 +20,17 @@ from services.common.wire.search import (
     ShardCoverage,
     ShardFailure,
     ShardPlan,
-    StageScores,
 )
 from services.search.fusion import Ranked
-from services.search.ports import Highlighter, Retrieved, Retriever, ShardDocument, Vector
+from services.search.ports import Highlighter, Retrieved, Retriever, ShardCall, ShardDocument, Vector
 from services.search.run import Run
 from services.search.selection import GroupKey, diversify, first_of_each, group_key, head
 
+READ_SHARE = 0.5  # Of the time left, to read stored fields: a shard that hangs must leave some for the others' hits.
 DIVERSE = 200  # Of so many of the best the order is made diverse: each is compared with each.
+
+_MADE = CacheReply(hit=False)
+_HITS = TypeAdapter(list[Hit])  # All of a page at once, in pydantic's own code: each by itself takes twice as long.
 
 
 class Reader:
@@ -34,6 +41,7 @@ class Reader:
         self._retriever = retriever
         self._known: dict[str, ShardDocument | None] = {}
         self._with_vector: set[str] = set()
+        self.lost: set[int] = set()  # the shards whose documents were not all there
 
     async def read(self, entries: Iterable[Ranked], stage: str, *, vectors: bool = False) -> dict[str, ShardDocument]:
         """Return the documents of *entries* by id; as they are now: those deleted since they were found are missing."""
@@ -41,8 +49,11 @@ class Reader:
         missing = [c for c in candidates if c.id not in (self._with_vector if vectors else self._known)]
         if missing:
             with self._run.timed(stage):
-                found = await self._retriever.fetch(self._run.collection, missing, self._run.deadline, vectors=vectors)
+                until = self._run.patience(READ_SHARE)
+                found = await self._retriever.fetch(self._run.collection, missing, until, vectors=vectors)
             for candidate in missing:
+                if candidate.id not in found:
+                    self.lost.add(candidate.shard)
                 self._known[candidate.id] = found.get(candidate.id, self._known.get(candidate.id))
                 if vectors:
                     self._with_vector.add(candidate.id)
@@ -112,20 +123,21 @@ async def write_hits(
         with run.timed("highlight"):
             texts = {document.id: document.text for _, document in there}
             highlights = await asyncio.to_thread(_highlights, run, texts, highlighter, terms)
-    return [
-        Hit(
-            id=document.id,
-            score=round(entry.score, 6),
-            score_kind=entry.score_kind,
-            title=document.title,
-            text=document.text if "text" in include else None,
-            metadata=dict(document.metadata) if "metadata" in include else None,
-            vector=document.vector.tolist() if "vector" in include and document.vector is not None else None,
-            highlights=highlights.get(document.id),
-            stages=_stages(entry),
-        )
+    hits = [
+        {
+            "id": document.id,
+            "score": round(entry.score, 6),
+            "score_kind": entry.score_kind,
+            "title": document.title,
+            "text": document.text if "text" in include else None,
+            "metadata": document.metadata if "metadata" in include else None,
+            "vector": document.vector.tolist() if "vector" in include and document.vector is not None else None,
+            "highlights": highlights.get(document.id),
+            "stages": _stages(entry),
+        }
         for entry, document in there
     ]
+    return _HITS.validate_python(hits)
 
 
 def _highlights(
@@ -138,45 +150,55 @@ def _highlights(
     return made
 
 
-def _stages(entry: Ranked) -> StageScores:
-    def rounded(score: float | None) -> float | None:
-        return None if score is None else round(score, 6)
-
-    return StageScores(
-        dense=rounded(entry.candidate.dense),
-        bm25=rounded(entry.candidate.bm25),
-        fused=rounded(entry.fused),
-        rerank=rounded(entry.rerank),
-    )
+def _stages(entry: Ranked) -> dict[str, float]:
+    candidate = entry.candidate
+    scores = {"fused": round(entry.fused, 6)}
+    if candidate.dense is not None:
+        scores["dense"] = round(candidate.dense, 6)
+    if candidate.bm25 is not None:
+        scores["bm25"] = round(candidate.bm25, 6)
+    if entry.rerank is not None:
+        scores["rerank"] = round(entry.rerank, 6)
+    return scores
 
 
 def compose(
-    run: Run, hits: list[Hit], retrieved: Retrieved, weights: FusionWeights | None, request_id: str | None
+    run: Run, hits: list[Hit], retrieved: Retrieved, weights: FusionWeights | None, breakers: Mapping[str, str]
 ) -> SearchReply:
-    """Return the whole reply: the hits, and what they are worth."""
+    """Return the whole reply: the hits, and what they are worth; *breakers* is for who wants it explained."""
     return SearchReply(
         collection=run.collection.name,
         hits=hits,
-        coverage=Coverage(
-            ratio=round(retrieved.ok / retrieved.total, 4) if retrieved.total else 1.0,
-            shards=ShardCoverage(
-                total=retrieved.total,
-                ok=retrieved.ok,
-                fallback=retrieved.fallback,
-                timed_out=retrieved.timed_out,
-                failed=len(retrieved.failures),
-                catching_up=retrieved.catching_up,
-            ),
-            failures=[ShardFailure(shard=shard, reason=reason) for shard, reason in retrieved.failures.items()],
-        ),
+        coverage=_coverage(run, retrieved),
         degraded=run.degraded,
         pipeline=PipelineReply(retrieval=run.mode, rerank=run.reranked_by),
-        cache=CacheReply(hit=False),
+        cache=_MADE,
         as_of=retrieved.as_of,
         timings_ms=run.timings_ms,
         facets=_facets(run, retrieved),
-        explain=_explain(run, retrieved, weights) if run.request.explain else None,
-        request_id=request_id,
+        explain=_explain(run, retrieved, weights, breakers) if run.request.explain else None,
+        request_id=run.request_id,
+    )
+
+
+def _coverage(run: Run, retrieved: Retrieved) -> Coverage:
+    failures = dict(retrieved.failures)
+    for shard in run.unread - failures.keys():
+        failures[shard] = "it did not give the documents that it had found"
+    ok = retrieved.ok - (len(failures) - len(retrieved.failures))
+    shards = ShardCoverage(
+        total=retrieved.total,
+        ok=ok,
+        fallback=retrieved.fallback,
+        timed_out=retrieved.timed_out,
+        failed=len(failures),
+        breaker_open=retrieved.breaker_open,
+        catching_up=retrieved.catching_up,
+    )
+    return Coverage(
+        ratio=round(ok / retrieved.total, 4) if retrieved.total else 1.0,
+        shards=shards,
+        failures=[ShardFailure(shard=shard, reason=reason) for shard, reason in sorted(failures.items())],
     )
 
 
@@ -186,10 +208,13 @@ def _facets(run: Run, retrieved: Retrieved) -> dict[str, dict[str, int]] | None:
     return {field: dict(retrieved.facets.get(field, {})) for field in run.request.facets}
 
 
-def _explain(run: Run, retrieved: Retrieved, weights: FusionWeights | None) -> Explanation:
+def _explain(run: Run, retrieved: Retrieved, weights: FusionWeights | None, breakers: Mapping[str, str]) -> Explanation:
     candidates = retrieved.candidates
     return Explanation(
-        shards=[ShardPlan(shard=shard, plan=dict(plan)) for shard, plan in sorted(retrieved.plans.items())],
+        shards=[
+            _shard_plan(shard, retrieved.plans.get(shard, {}), retrieved.calls.get(shard))
+            for shard in sorted(retrieved.plans.keys() | retrieved.calls.keys())
+        ],
         candidates=CandidateCounts(
             total=len(candidates),
             dense=sum(candidate.dense is not None for candidate in candidates),
@@ -198,4 +223,22 @@ def _explain(run: Run, retrieved: Retrieved, weights: FusionWeights | None) -> E
             below_min_score=run.below_min_score,
         ),
         fusion=weights,
+        cache=run.cache,
+        budget=BudgetExplanation(timeout_ms=run.timeout_ms, stages_ms=run.allowed_ms, rerank_candidates=run.affordable),
+        admission=run.admission,
+        breakers=dict(breakers),
+    )
+
+
+def _shard_plan(shard: int, plan: Mapping[str, Any], call: ShardCall | None) -> ShardPlan:
+    if call is None:
+        return ShardPlan(shard=shard, plan=dict(plan))
+    return ShardPlan(
+        shard=shard,
+        plan=dict(plan),
+        host=call.host,
+        took_ms=round(call.took_ms, 3),
+        applied_seq=call.applied_seq,
+        attempts=call.attempts,
+        hedged=call.hedged,
     )

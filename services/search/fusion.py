@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
 from services.common.wire.search import Fusion, ScoreKind
 from services.search.ports import Candidate, LexicalStatistics
@@ -12,8 +13,7 @@ BM25_K1 = 1.2
 ROUNDING = 1e-6  # Shards score in float32: equal scores may differ in their last places.
 
 
-@dataclass(frozen=True, slots=True)
-class Ranked:
+class Ranked(NamedTuple):
     """A candidate with its fused score, and its final score of the kind that *score_kind* names."""
 
     candidate: Candidate
@@ -97,20 +97,23 @@ def standardize(scores: Sequence[float]) -> list[float]:
     if not scores:
         return []
     mean = math.fsum(scores) / len(scores)
-    deviation = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / len(scores))
+    centred = [score - mean for score in scores]
+    deviation = math.sqrt(math.fsum([part * part for part in centred]) / len(scores))
     if deviation <= ROUNDING * max(map(abs, scores)):
         return [0.0] * len(scores)
-    return [(score - mean) / deviation for score in scores]
+    return [part / deviation for part in centred]
 
 
 def _filled(scores: Sequence[float | None]) -> list[float] | None:
     """Return *scores* with the lowest one where there is none; None where there are none at all."""
-    lowest = min((score for score in scores if score is not None), default=None)
+    lowest = min([score for score in scores if score is not None], default=None)
     return None if lowest is None else [lowest if score is None else score for score in scores]
 
 
 def _ordered(candidates: Sequence[Candidate], scores: Sequence[float], kind: ScoreKind) -> list[Ranked]:
-    order = sorted(zip(scores, candidates, strict=True), key=_best_first)
+    alike = len(set(scores)) < len(scores)
+    pairs = zip(scores, candidates, strict=True)
+    order = sorted(pairs, key=_best_first) if alike else sorted(pairs, key=itemgetter(0), reverse=True)
     return [Ranked(candidate, score, score, kind) for score, candidate in order]
 
 

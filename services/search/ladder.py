@@ -61,3 +61,8 @@ def forbidden(require: Require, reason: Degradation) -> TercetError | None:
     message = f"{field} forbids what is left to do: {step.part}: {step.fault}, so {step.instead}"
     kind = DeadlineExceeded if step.late else DependencyUnavailable
     return kind(message, param=field, retry_after_s=RETRY_AFTER_S)
+
+
+def is_refusal(error: TercetError) -> bool:
+    """Return whether *error* is one that `forbidden` returned."""
+    return error.param is not None and error.param.startswith("require.")

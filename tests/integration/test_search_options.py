@@ -12,6 +12,7 @@ import pytest_asyncio
 from services.common.app import create_service_app
 from services.common.errors import Overloaded
 from services.common.metrics import Metrics
+from services.search.batches import Batches
 from services.search.resources import SearchResources
 from services.search.routes.search import router
 from services.search.settings import SearchSettings
@@ -32,7 +33,8 @@ async def client(serve: Serve, stack: Stack) -> AsyncIterator[httpx2.AsyncClient
     @asynccontextmanager
     async def build(settings: SearchSettings, metrics: Metrics) -> AsyncIterator[SearchResources]:
         parts = {field.name: None for field in fields(SearchResources)}
-        yield SearchResources(**{**parts, "pipeline": stack.pipeline})
+        batches = Batches(stack.catalog, stack.embedding, stack.pipeline)
+        yield SearchResources(**{**parts, "pipeline": stack.pipeline, "batches": batches})
 
     app = create_service_app(
         "search", SearchSettings(), build, [router], description="Search alone.", needs=lambda method, path: "search"
@@ -131,7 +133,7 @@ async def test_a_batch_bounds_what_runs_at_once(client: httpx2.AsyncClient, stac
             running -= 1
 
     stack.retriever.retrieve = counted
-    searches = [{"query": "why", "cache": False}] * 100
+    searches = [{"query": f"why {n}", "cache": False} for n in range(100)]
     reply = await client.post("/search/batch", json={"searches": searches})
     assert len(reply.json()["results"]) == 100
     assert most == 8

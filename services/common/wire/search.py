@@ -1,8 +1,9 @@
-"""Shapes of the search service: the search request, its reply, and the status."""
+"""Shapes of the search service: the search request and its reply."""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    ConfigDict,
     Field,
     FiniteFloat,
     ValidationError,
@@ -12,6 +13,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from services.common.wire import examples
 from services.common.wire.base import (
     CollectionName,
     MetadataKey,
@@ -20,7 +22,6 @@ from services.common.wire.base import (
     RequestModel,
     Vector,
 )
-from services.common.wire.collections import CollectionReply
 from services.common.wire.errors import ErrorBody
 
 MAX_K = 1000
@@ -104,6 +105,8 @@ class SearchRequest(RequestModel):
     *query* is taken as plain words: no character in it is query syntax. *query_vector* replaces the embedding step
     and, without *query*, allows only `mode: dense`.
     """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.SEARCH_REQUEST]})
 
     query: QueryText | None = None
     query_vector: Vector | None = None
@@ -386,17 +389,21 @@ class Explanation(ReplyModel):
 class SearchReply(ReplyModel):
     """The answer, and what it is worth."""
 
-    collection: str
-    hits: list[Hit]
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.SEARCH_REPLY]})
+
+    collection: str = Field(description="The collection that was searched, by its own name.")
+    hits: list[Hit] = Field(description="The page that was asked for, best first.")
     coverage: Coverage
-    degraded: list[Degradation]
+    degraded: list[Degradation] = Field(description="The steps down that were taken; empty for a whole answer.")
     pipeline: PipelineReply
     cache: CacheReply
-    as_of: int
-    timings_ms: dict[str, float]
-    facets: dict[str, dict[str, int]] | None = None
+    as_of: int = Field(description="The last operation that every shard which answered had applied.")
+    timings_ms: dict[str, float] = Field(description="How long each stage took, and the search in all (`total`).")
+    facets: dict[str, dict[str, int]] | None = Field(
+        default=None, description="For each field asked for its commonest values, and how many documents have them."
+    )
     explain: Explanation | None = None
-    request_id: str | None = None
+    request_id: str | None = Field(default=None, description="The request's id in logs and traces.")
 
 
 class BatchAnswer(ReplyModel):
@@ -410,12 +417,3 @@ class BatchReply(ReplyModel):
     """The results in the order of the searches."""
 
     results: list[BatchAnswer]
-
-
-class StatusReply(ReplyModel):
-    """`GET /status`: how things stand, as this process knows it."""
-
-    version: str
-    collections: list[CollectionReply]
-    dependencies: dict[str, dict[str, Any]]
-    cache: dict[str, Any]
