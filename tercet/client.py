@@ -29,7 +29,8 @@ from services.common.wire.documents import (
     WriteProgress,
     WriteReply,
 )
-from services.common.wire.search import SearchReply, StatusReply
+from services.common.wire.search import SearchReply
+from services.common.wire.status import StatusReply
 from tercet.errors import IndexingFailed, TercetApiError, TercetClientError, TercetUnreachable
 from tercet.indexing import Indexing, IndexSummary, in_background, split_into_batches
 from tercet.ingest import DocumentDict

@@ -120,6 +120,11 @@ def parse_body(body_type: type[Body], content: bytes, scope: Scope) -> Body:
             value = orjson.loads(content)
         except orjson.JSONDecodeError as error:
             raise malformed_json(error.msg) from None
+    return validated(body_type, value)
+
+
+def validated(body_type: type[Body], value: Any) -> Body:
+    """Return the body whose parsed JSON is *value*, or raise just what FastAPI would."""
     try:
         return body_type.__pydantic_validator__.validate_python(value, from_attributes=True)  # type: ignore[no-any-return]
     except ValidationError as error:

@@ -1,15 +1,16 @@
 """The HTTP routes, a file for each kind of thing: parse, call the use case, return."""
 
-from fastapi import APIRouter
 from starlette.types import Scope
 
 from services.common.wire.keys import KeyScope
 from services.search.routes import aliases, collections, documents, maintenance, search, status
+from services.search.routes.request import door
 from services.search.routes.streaming import STREAMS, content_type
 
-router = APIRouter()
-for part in (search, collections, documents, aliases, maintenance, status):
-    router.include_router(part.router)
+__all__ = ["door", "is_stream", "routers", "scope_needed"]
+
+# One by one: what is inside a router of routers cannot be served directly (see common/direct_routes.py).
+routers = tuple(part.router for part in (search, collections, documents, aliases, maintenance, status))
 
 
 def scope_needed(method: str, path: str) -> KeyScope:

@@ -1,17 +1,22 @@
 """Bodies that are read piece by piece, and replies that are written while they are."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
+from io import BytesIO
 from typing import Any
 
+import orjson
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.types import Receive, Scope, Send
 
-from services.common.errors import Malformed
+from services.common.direct_routes import validated
+from services.common.errors import Malformed, TercetError
 from services.common.headers import header
-from services.common.http_errors import error_body, status_of
+from services.common.http_errors import error_body, from_validation, status_of
 from services.common.wire.documents import MSGPACK, NDJSON, WriteProgress
+from services.common.wire.search import SearchRequest
 from services.search.ingest import Totals
 from services.search.streams import read_msgpack, read_ndjson
 
@@ -23,6 +28,26 @@ Write = Callable[[Callable[[Totals], None] | None], Awaitable[Totals]]
 def content_type(scope: Scope) -> str:
     """Return what a request's body is, without parameters; empty where it does not say."""
     return (header(scope, b"content-type") or b"").decode("latin-1").split(";")[0].strip().lower()
+
+
+def read_searches(body: bytes) -> Iterator[SearchRequest | TercetError]:
+    """Yield what each line of *body* asks, or what is wrong with it, as it is asked for; blank lines are passed over."""
+    for line in BytesIO(body):
+        if line.strip():
+            yield _read_search(line)
+
+
+def _read_search(line: bytes) -> SearchRequest | TercetError:
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return Malformed(f"The line is not valid JSON: {error.msg}")
+    if not isinstance(value, dict):
+        return Malformed("The line is not a JSON object")
+    try:
+        return validated(SearchRequest, value)
+    except RequestValidationError as error:
+        return from_validation(error)
 
 
 def wants_lines(request: Request) -> bool:
