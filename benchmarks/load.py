@@ -160,15 +160,18 @@ def send(
     return Sending(plan, process, directory, None if repeat else len(requests))
 
 
-def hammer(server: Running, requests: Sequence[Sequence[str]], stretch: Stretch, wrk: str | None) -> LoadResult:
+def hammer(
+    server: Running, requests: Sequence[Sequence[str]], stretch: Stretch, wrk: str | None, *, repeat: bool = False
+) -> LoadResult:
     """
-    Send *requests*, all distinct, in a closed loop with wrk (a path), or with the asyncio client where it is None.
+    Send *requests* in a closed loop with wrk (a path), or with the asyncio client where it is None; each once, or, with
+    *repeat*, again and again.
 
     Raises:
         LoadFailed: A request failed, or there were too few requests for none to be sent twice.
     """
     if wrk is None:
-        return send(server, requests, stretch).result()
+        return send(server, requests, stretch, repeat=repeat).result()
     script = Path(__file__).with_name("wrk.lua")
     with tempfile.TemporaryDirectory(prefix="tercet-bench-") as directory:
         bodies = _write_bodies(server, requests, Path(directory), {})
@@ -184,7 +187,7 @@ def hammer(server: Running, requests: Sequence[Sequence[str]], stretch: Stretch,
         raise LoadFailed(f"wrk: {(ended.stderr or ended.stdout).strip()}") from None
     if happened["failed"]:
         raise LoadFailed(f"{happened['failed']} of {happened['requests']} requests failed")
-    if happened["again"]:
+    if happened["again"] and not repeat:
         raise LoadFailed(f"{len(requests)} distinct requests were too few for {happened['requests']}")
     per_s = happened["requests"] / happened["duration_us"] * 1e6
     p50_ms, p90_ms, p99_ms, max_ms = (happened[f"{name}_us"] / 1000 for name in ("p50", "p90", "p99", "max"))

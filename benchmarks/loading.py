@@ -150,7 +150,7 @@ def _service(directory: Path) -> Iterator[Running]:
     with running([spec], directory) as servers:
         server = servers[spec.name]
         server.resume()
-        _post(server, "/collections", orjson.dumps({"name": _COLLECTION, "dim": DIM}), "application/json")
+        post(server, "/collections", orjson.dumps({"name": _COLLECTION, "dim": DIM}), "application/json")
         yield server
 
 
@@ -160,12 +160,13 @@ def _send(server: Running, body: Path, content_type: str, rows: int) -> None:
             while piece := file.read(_PIECE_BYTES):
                 yield piece
 
-    reply = _post(server, f"/collections/{_COLLECTION}/documents?wait=applied", pieces(), content_type)
+    reply = post(server, f"/collections/{_COLLECTION}/documents?wait=applied", pieces(), content_type)
     if reply["accepted"] != rows or not reply["applied"]:
         raise ServerFailed(f"{rows} documents were sent, and the service says: {str(reply)[:500]}")
 
 
-def _post(server: Running, path: str, body: Any, content_type: str) -> dict[str, Any]:
+def post(server: Running, path: str, body: Any, content_type: str) -> dict[str, Any]:
+    """POST *body*, bytes or pieces of them, and return the JSON. Raises ServerFailed for another status than success."""
     connection = http.client.HTTPConnection(server.host, server.port, timeout=_PATIENCE_S)
     try:
         connection.request(

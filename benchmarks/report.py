@@ -1,9 +1,10 @@
 """The report: Markdown tables, a section for RESULTS.md, and a plot where matplotlib is installed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from benchmarks.figures import Spread, number
 
@@ -22,6 +23,8 @@ class Row:
     findings: list[str] = field(default_factory=list)
     bars: dict[str, dict[str, Spread]] = field(default_factory=dict)  # quantity, then server: what the plot shows
     curve: list[tuple[float, float]] = field(default_factory=list)  # seconds, MB
+    paths: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)  # panel, then line: (x, y)
+    axes: tuple[str, str] = ("", "")  # of `paths`
 
 
 def markdown(row: Row) -> str:
@@ -71,7 +74,8 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
 
     panels = [(row.title, quantity, bars) for row in rows for quantity, bars in row.bars.items()]
     curves = [row for row in rows if row.curve]
-    count = len(panels) + len(curves)
+    paths = [(row, panel, lines) for row in rows for panel, lines in row.paths.items()]
+    count = len(panels) + len(curves) + len(paths)
     if not count:
         return False
     columns = min(3, count)
@@ -95,6 +99,8 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
         spot.set_title(row.title, fontsize=8)
         spot.set_xlabel("seconds", fontsize=8)
         spot.set_ylabel(SAMPLES_MB, fontsize=8)
+    for spot, (row, panel, lines) in zip(spots[len(panels) + len(curves) :], paths, strict=False):
+        _draw_paths(spot, row.axes, panel, lines)
     for spot in spots[count:]:
         spot.set_visible(False)
     figure.tight_layout()
@@ -102,3 +108,21 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
+
+
+def _draw_paths(
+    spot: Any, axes: tuple[str, str], panel: str, lines: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+    """Draw a line each; the p99 of a server is dashed and of the same colour as its p50, which is before it."""
+    colours: dict[str, str] = {}
+    for name, points in lines.items():
+        server, _, quantity = name.rpartition(" ")
+        colour = colours.setdefault(server, f"C{len(colours)}")
+        style = "--" if quantity == "p99" else "-"
+        spot.plot([x for x, _ in points], [y for _, y in points], f"{style}o", color=colour, label=name, markersize=3)
+    spot.set_yscale("log")
+    spot.set_title(panel, fontsize=8)
+    spot.set_xlabel(axes[0], fontsize=8)
+    spot.set_ylabel(axes[1], fontsize=8)
+    spot.tick_params(labelsize=7)
+    spot.legend(fontsize=6)

@@ -23,6 +23,7 @@ STOP_PATIENCE_S = 15.0
 SETTLE_PATIENCE_S = 30.0
 SETTLE_LOOK_S = 0.3
 IDLE_SHARE = 0.2  # of one core: less than this is no work under way
+_NOT_INHERITED = ("EMBEDDING_", "RERANK_", "SEARCH_", "INFINITY_", "REDIS_")
 OURS, INFINITY, NAIVE = "tercet", "infinity", "naive"
 
 
@@ -55,12 +56,17 @@ class Running:
 
     def get(self, path: str) -> Any:
         """Return the JSON that a GET of *path* answers; None for anything but a 200."""
+        content = self.read(path)
+        return None if content is None else json.loads(content)
+
+    def read(self, path: str) -> bytes | None:
+        """Return what a GET of *path* answers; None for anything but a 200."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=10)
         try:
             connection.request("GET", path)
             reply = connection.getresponse()
             content = reply.read()
-            return json.loads(content) if reply.status == 200 else None
+            return content if reply.status == 200 else None
         finally:
             connection.close()
 
@@ -77,6 +83,28 @@ class Running:
             return time.perf_counter() - started
         finally:
             connection.close()
+
+    def wait_until_ready(self) -> None:
+        """Wait until it says that it can work. Raises ServerFailed when it ends, or takes too long."""
+        give_up_at = time.monotonic() + START_PATIENCE_S
+        while time.monotonic() < give_up_at and self.process.poll() is None:
+            try:
+                if self.get(self.spec.ready_path) is not None:
+                    return
+            except (OSError, http.client.HTTPException):
+                pass
+            time.sleep(0.1)
+        end = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+        raise ServerFailed(f"{self.spec.name} did not start:\n{end}")
+
+    def kill(self) -> None:
+        """End all its processes as a crash does."""
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def freeze(self, *, frozen: bool) -> None:
+        """Stop its processes amid what they do, or let them run on."""
+        self._signal(signal.SIGSTOP if frozen else signal.SIGCONT)
 
     def pause(self) -> None:
         """
@@ -216,9 +244,9 @@ def running(specs: Sequence[ServerSpec], directory: Path) -> Iterator[dict[str, 
     with ExitStack() as stack:
         servers = {}
         for spec in specs:
-            server = _start(spec, directory / f"{spec.name}.log")
+            server = start(spec, directory / f"{spec.name}.log")
             stack.callback(server.stop)
-            _wait_until_ready(server)
+            server.wait_until_ready()
             server.pause()
             servers[spec.name] = server
         yield servers
@@ -235,11 +263,18 @@ def alone(servers: Mapping[str, Running], name: str) -> Iterator[Running]:
         server.pause()
 
 
-def _start(spec: ServerSpec, log: Path) -> Running:
+def free_port() -> int:
+    """Return a port of this machine that nobody has at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("EMBEDDING_", "INFINITY_", "REDIS_"))}
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(spec: ServerSpec, log: Path, port: int | None = None) -> Running:
+    """Start *spec* on *port*, or a free one, with its output in *log*, and do not wait."""
+    port = port or free_port()
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
     offline = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -252,19 +287,6 @@ def _start(spec: ServerSpec, log: Path) -> Running:
             start_new_session=True,
         )
     return Running(spec, port, process, log)
-
-
-def _wait_until_ready(server: Running) -> None:
-    give_up_at = time.monotonic() + START_PATIENCE_S
-    while time.monotonic() < give_up_at and server.process.poll() is None:
-        try:
-            if server.get(server.spec.ready_path) is not None:
-                return
-        except (OSError, http.client.HTTPException):
-            pass
-        time.sleep(0.1)
-    end = "\n".join(server.log.read_text(errors="replace").splitlines()[-15:])
-    raise ServerFailed(f"{server.spec.name} did not start:\n{end}")
 
 
 def _json(value: object) -> bytes:

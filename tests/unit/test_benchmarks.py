@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import report
 from benchmarks.client import Plan, requests_of
+from benchmarks.corpus import TOKENS, Questions
+from benchmarks.corpus import texts as documents
 from benchmarks.effort import Effort
 from benchmarks.figures import number, percentile, ratio, slope_per_minute, spread
 from benchmarks.gemm import flop_per_text
@@ -34,6 +36,24 @@ def test_texts_are_distinct_and_as_long_as_said(tokens: int):
     count_tokens = model_token_counter(str(model_directory()))
     assert len(set(made)) == 500
     assert {count_tokens(text) for text in made} == {tokens}
+
+
+def test_documents_are_distinct_and_of_about_their_length():
+    """Documents have about a hundred tokens each on average, no two are alike, and fewer of them are a prefix of more."""
+    made = documents(500)
+    count_tokens = model_token_counter(str(model_directory()))
+    assert len(set(made)) == 500
+    assert sum(map(count_tokens, made)) / 500 == pytest.approx(TOKENS, rel=0.05)
+    assert documents(50) == made[:50]
+
+
+def test_no_question_is_asked_twice():
+    """Questions that were taken do not come again, have 5 to 8 words, and are the same ones in the next run."""
+    questions = Questions()
+    taken = [*questions.take(2000), *questions.take(1000)]
+    assert len(set(taken)) == 3000
+    assert {len(question.split()) for question in taken} == {5, 6, 7, 8}
+    assert Questions().take(3000) == taken
 
 
 def test_every_word_is_one_token():
@@ -166,6 +186,7 @@ def test_a_plot_is_drawn_or_its_absence_said(tmp_path: Path, capsys: pytest.Capt
     row = _row()
     row.bars["requests/s"] = {OURS: spread([100.0, 110.0]), "infinity": spread([20.0])}
     row.curve = [(0.0, 100.0), (1.0, 101.0)]
+    row.paths["latency"] = {f"{OURS} p50": [(10.0, 5.0), (20.0, 6.0)], f"{OURS} p99": [(10.0, 9.0), (20.0, 30.0)]}
     file = tmp_path / "plots" / "plot.png"
     if report.plot([row], file):
         assert file.read_bytes().startswith(b"\x89PNG")
