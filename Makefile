@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test test-clients check unit demo-eval docs chaos-index bench-embedding bench-search bench-peers install clean
+.PHONY: help run test test-clients check unit demo-eval docs chaos chaos-index bench-embedding bench-search bench-pipeline bench-peers install clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -38,8 +38,9 @@ unit: $(VENV)/.installed-test ## The tests that need no process of their own
 demo-eval: $(VENV)/.installed ## MRR@10 of the twenty demo questions, by mode
 	@exec $(BIN)/tercet demo-eval
 
-docs: $(VENV)/.installed ## Write docs/settings.md from the settings classes
+docs: $(VENV)/.installed ## Write docs/settings.md and the ladder in docs/resilience.md from the code
 	$(BIN)/python -m tests.conventions.settings_doc
+	$(BIN)/python -m tests.conventions.ladder_doc
 
 INFINITY := benchmarks/peers/infinity
 VECTORS := benchmarks/peers/vectors
@@ -52,10 +53,16 @@ $(VENV)/.installed-bench: $(VENV)/.installed-test
 	@touch $@
 
 chaos-index: $(VENV)/.installed-test ## 200 kills of a writing search service and 200 power cuts of its ledger (RUNS= SEED=)
-	TERCET_CHAOS_RUNS=$(or $(RUNS),200) TERCET_CHAOS_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos
+	TERCET_CHAOS_RUNS=$(or $(RUNS),200) TERCET_CHAOS_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos/test_index_kills.py tests/chaos/test_power_cuts.py
+
+chaos: $(VENV)/.installed-test ## Every part of a deployment killed, frozen, slowed, garbled, cut off; writes the table in docs/resilience.md
+	TERCET_CHAOS=whole $(BIN)/python -m pytest tests/chaos/test_matrix.py tests/chaos/test_troubles.py tests/chaos/test_drain.py
 
 bench-search: $(VENV)/.installed-bench $(VECTORS)/.venv/.installed ## Measure search beside vector databases (NOTE='what changed' BENCH=--quick)
 	@exec $(BIN)/python -m benchmarks.search --note '$(NOTE)' $(BENCH)
+
+bench-pipeline: $(VENV)/.installed-bench ## Measure whole searches beside a naive orchestration (NOTE='what changed' BENCH=--quick)
+	@exec $(BIN)/python -m benchmarks.pipeline --note '$(NOTE)' $(BENCH)
 
 bench-peers: $(INFINITY)/.venv/.installed $(VECTORS)/.venv/.installed ## Install the peers that we measure beside, in environments of their own
 
