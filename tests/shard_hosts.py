@@ -53,7 +53,11 @@ def make_document(id_: str, text: str) -> LedgerDocument:
 
 
 class MemoryLedger:
-    """The parts of a ledger that hosts use; *down* makes them raise, *restore* sets it back to an earlier operation."""
+    """
+    The parts of a ledger that hosts use.
+
+    *down* makes them raise, *deaf* lets announcements get lost, *restore* sets it back to an earlier operation.
+    """
 
     def __init__(self, *collections: Collection, exclusive: bool = True) -> None:
         self.collections = list(collections)
@@ -63,6 +67,8 @@ class MemoryLedger:
         self.ended: dict[str, dict[str, int]] = {}
         self.exclusive = exclusive
         self.down = False
+        self.deaf = False
+        self.heard: dict[str, int] = {}
         self.reads = 0
         self.read_after: list[int] = []
         self.news = asyncio.Event()
@@ -76,7 +82,8 @@ class MemoryLedger:
         for id_, text in texts.items():
             document = None if text is None else make_document(id_, text)
             log.append(Operation(self.seq(collection.uuid) + 1, id_, document))
-        self.news.set()
+        if not self.deaf:
+            self.news.set()
         return self.seq(collection.uuid)
 
     def restore(self, collection: Collection, seq: int) -> None:
@@ -85,6 +92,10 @@ class MemoryLedger:
         self.log[collection.uuid] = [operation for operation in log if operation.seq <= seq]
         self.ended[self.epoch] = {uuid: self.seq(uuid) for uuid in self.log}
         self.epoch = f"epoch-{len(self.ended)}"
+
+    def create(self, collection: Collection) -> None:
+        self.collections.append(collection)
+        self.log[collection.uuid] = []
 
     def remove(self, collection: Collection) -> None:
         self.collections.remove(collection)
@@ -98,6 +109,7 @@ class MemoryLedger:
         self._check()
         if uuid not in self.log:
             raise NotFound("It was deleted")
+        self.heard[uuid] = self.seq(uuid)
         return CollectionState(self.seq(uuid), 0, self.trimmed[uuid])
 
     async def shares_history(self, uuid: str, epoch: str, seq: int) -> bool:
@@ -120,10 +132,12 @@ class MemoryLedger:
         ][:limit]
 
     def heard_seq(self, uuid: str) -> int:
+        if self.deaf:
+            return self.heard.get(uuid, 0)
         return self.seq(uuid) if uuid in self.log else 0
 
     def heard_collections(self) -> set[str]:
-        return {uuid for uuid, log in self.log.items() if log}
+        return {uuid for uuid in self.log if self.heard_seq(uuid)}
 
     async def wait_for_news(self, timeout_s: float) -> None:
         try:

@@ -45,6 +45,11 @@ class SearchSettings(ServiceSettings):
     node_api_key: SecretStr | None = Field(
         default=None, description="The API key that is sent to shard and fallback nodes; the peers' key when unset."
     )
+    hedge_reads: bool = Field(
+        default=True,
+        description="Whether a router asks a second replica too when a shard takes longer to answer than 95 of 100 times "
+        "before: at most one read in ten.",
+    )
     fallback: Annotated[str, Field(pattern=r"^(off|local|https?://[^/]+/?)$")] = Field(
         default="off",
         description="The fallback index, which answers for shards that no replica answers for: `off`; `local`, in this "
@@ -78,7 +83,9 @@ class SearchSettings(ServiceSettings):
         default=100_000, description="… or after this many operations."
     )
     idle_close_s: Annotated[float, Field(gt=0)] = Field(
-        default=900.0, description="A collection that nobody used for so long is closed; the next search opens it."
+        default=900.0,
+        description="A collection that nobody used for so long is closed; the next search or write opens it. The fallback "
+        "index keeps its collections open.",
     )
     max_open_collections: Annotated[int, Field(ge=1)] = Field(
         default=100, description="When more are open, the longest unused ones are closed."
@@ -112,6 +119,22 @@ class SearchSettings(ServiceSettings):
     write_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=300.0, description="Time for a write, embedding included, when the caller sets no deadline."
     )
+    embedding_max_calls: Annotated[int, Field(ge=1)] = Field(
+        default=64,
+        description="Calls to the embedding service under way at once; indexing uses three quarters of them at most.",
+    )
+    rerank_max_calls: Annotated[int, Field(ge=1)] = Field(
+        default=16,
+        description="Calls to the rerank service under way at once; a search that finds no place soon goes without.",
+    )
+    max_concurrent_searches: Annotated[float, Field(ge=1)] = Field(
+        default=1024.0,
+        description="Searches under way at once at most, counted in lexical ones, of which others are worth several; "
+        "the limit in force follows how long searches take.",
+    )
+    max_waiting_searches: Annotated[int, Field(ge=0)] = Field(
+        default=512, description="Searches that wait for their turn at most; the least urgent are turned away first."
+    )
     candidates: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=100, description="Candidates that each retriever proposes, unless the search says."
     )
@@ -125,9 +148,30 @@ class SearchSettings(ServiceSettings):
         default=0.75, description="Share of the rerank score in the last order; the fused score has the rest."
     )
     cache_bytes: Annotated[int, Field(ge=0)] = Field(
-        default=64 * 1024 * 1024, description="Memory for results cached in this process; 0 keeps none."
+        default=64 * 1024 * 1024,
+        description="Memory for results cached in this process, with or without Redis; 0 keeps none.",
     )
-    cache_ttl_s: Annotated[float, Field(gt=0)] = Field(default=300.0, description="Cached results live this long.")
+    cache_entry_bytes: Annotated[int, Field(ge=1024)] = Field(
+        default=1024 * 1024, description="A larger result is not cached."
+    )
+    cache_ttl_s: Annotated[float, Field(gt=0)] = Field(
+        default=300.0, description="A cached result is given again for so long, if it is still true."
+    )
+    stale_if_error_s: Annotated[float, Field(ge=0)] = Field(
+        default=3600.0,
+        description="When nothing can be searched, a cached result up to this age is given, flagged `stale`; 0 gives none.",
+    )
+
+    recall_sample_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.01,
+        description="Share of the searches whose recall is measured by an exact search in the background; 0 measures none.",
+    )
+    slow_search_s: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="A search over this is logged as `slow_search`, with its plan and where the time went."
+    )
+    log_queries: bool = Field(
+        default=False, description="Whether that line has the question's words and the filter's values too."
+    )
 
     def nodes(self) -> list[list[str]]:
         """Return the URLs of each shard node's replicas. Raises ValueError where they cannot be read."""

@@ -131,6 +131,7 @@ class ConditionContract(LedgerPlace):
         assert ledger.heard_seq("nobody") == ledger.heard_seq(books.uuid) == 0
         await ledger.append(books.uuid, [make_document("a"), make_document("b")])
         assert ledger.heard_seq(books.uuid) == 2
+        assert books.uuid in ledger.heard_collections()
         await ledger.delete(books.uuid, ["a"])
         assert ledger.heard_seq(books.uuid) == 3
         again = await reopen()

@@ -146,6 +146,7 @@ async def test_news_comes_from_other_routers(routers, books) -> None:
         await waiting
     assert routers[1].heard_seq(books.uuid) == routers[0].heard_seq(books.uuid) == 2
     assert routers[1].heard_seq("nobody") == 0
+    assert routers[1].heard_collections() == {books.uuid}
 
 
 async def test_many_first_starts_make_one_schema(url: str, stack: AsyncExitStack) -> None:

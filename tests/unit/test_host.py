@@ -2,20 +2,16 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
 
 from services.common.errors import BackendFailed, DeadlineExceeded, NotFound, NotReady
-from services.search.ports import ShardQuery
-from services.search.shards.host import HostOptions, LocalHost
 from services.search.shards.pace import GivenUp, Pace
 from services.search.shards.trimming import MARKS, Trimmer
+from tests.local_hosts import QUESTION, MakeHost, applied, making, search
 from tests.shard_hosts import BOOKS, FILMS, MemoryDirectory, MemoryLedger, eventually, many, soon
-
-QUESTION = ShardQuery(1000, terms=["word"])
-MakeHost = Callable[..., LocalHost]
 
 
 @pytest.fixture
@@ -30,26 +26,8 @@ def directory() -> MemoryDirectory:
 
 @pytest.fixture
 async def make(ledger, directory) -> AsyncIterator[MakeHost]:
-    made: list[LocalHost] = []
-
-    def make(**options) -> LocalHost:
-        made.append(LocalHost("local", ledger, directory, HostOptions(poll_s=0.03, **options)))
-        return made[-1]
-
-    yield make
-    for host in made:
-        await host.aclose()
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-async def search(host: LocalHost, collection=BOOKS) -> set[str]:
-    answers = [await host.search(collection, shard, QUESTION, soon()) for shard in range(collection.shards)]
-    return {candidate.id for answer in answers for candidate in answer.candidates}
-
-
-async def applied(host: LocalHost, seq: int, collection=BOOKS) -> None:
-    for shard in range(collection.shards):
-        assert await host.wait_applied(collection, shard, seq, soon())
+    async with making(ledger, directory) as make:
+        yield make
 
 
 # --- opening
@@ -127,19 +105,6 @@ async def test_answers_say_that_a_shard_is_catching_up(ledger, directory, make) 
     gate.set()
     await applied(host, seq)
     assert not (await host.search(BOOKS, 0, QUESTION, soon())).catching_up
-
-
-async def test_news_of_other_processes_reach_open_and_closed_collections(ledger, make) -> None:
-    """What a shared ledger announces is applied, with polls an hour apart."""
-    ledger.exclusive = False
-    host = make(idle_close_s=0.05)
-    await host.start()
-    await host.standings(BOOKS, soon())
-    seq = ledger.write(BOOKS, a="word")
-    await eventually(lambda: host.open_standings() and min(s.applied_seq for s in host.open_standings()) == seq)
-    await eventually(lambda: not host.open_standings())
-    seq = ledger.write(BOOKS, b="word")
-    await eventually(lambda: host.open_standings() and min(s.applied_seq for s in host.open_standings()) == seq)
 
 
 # --- closing

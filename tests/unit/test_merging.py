@@ -16,7 +16,9 @@ def proposed(shards: int) -> set[str]:
     rows = [(f"d{n}", rng.random(), rng.random() if rng.random() < 0.4 else None) for n in range(300)]
     answers = {}
     for shard in range(shards):
-        own = [Candidate(id_, shard, n, dense, bm25) for n, (id_, dense, bm25) in enumerate(rows) if n % shards == shard]
+        own = [
+            Candidate(id_, shard, n, dense, bm25) for n, (id_, dense, bm25) in enumerate(rows) if n % shards == shard
+        ]
         by_dense = sorted(own, key=lambda one: one.dense, reverse=True)[:LIMIT]
         by_bm25 = sorted([one for one in own if one.bm25 is not None], key=lambda one: one.bm25, reverse=True)[:LIMIT]
         answers[shard] = ShardAnswer(shard, 1, list({one.id: one for one in (*by_dense, *by_bm25)}.values()))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +240,10 @@ class SqliteLedger:
     def heard_seq(self, uuid: str) -> int:
         """Return the last operation number of a collection, exactly; 0 where there is none."""
         return self._seqs.get(uuid, 0)
+
+    def heard_collections(self) -> AbstractSet[str]:
+        """Return the uuids of the collections that there are."""
+        return self._seqs.keys()
 
     async def wait_for_news(self, timeout_s: float) -> None:
         """Return when *timeout_s* is over or the ledger closes: no other process can write here."""

@@ -99,7 +99,7 @@ class Follower:
         open_shard: OpenShard,
         *,
         poll_s: float,
-        gone: Callable[[], None] = lambda: None,
+        gone: Callable[[], object] = lambda: None,
     ) -> None:
         """
         Follow *collection* with the shards *numbers*.

@@ -1,9 +1,10 @@
 """The shards of this process: opened when they are needed, following the ledger, kept up, and closed when idle."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import structlog
@@ -22,13 +23,16 @@ from services.search.ports import (
     ShardStanding,
 )
 from services.search.shards.directory import ShardDirectory
-from services.search.shards.follower import Follower, Slot
-from services.search.shards.local import LocalShard
+from services.search.shards.dormant import Dormant
+from services.search.shards.follower import Follower
+from services.search.shards.hosted import Hosted
 from services.search.shards.slices import ledger_slice
 from services.search.shards.upkeep import Upkeep
 
 HOUSEKEEPING_S = 0.5
 CLOSING_GRACE_S = 5.0  # how long closing waits for calls under way, and then for all its snapshots
+OPENED_AT_ONCE = 4  # collections that are opened unasked, as the ledger has news of them
+KEPT_S = 10.0  # what was opened or used so lately is not closed for what is opened unasked
 
 _log = structlog.get_logger(__name__)
 
@@ -39,8 +43,8 @@ class HostOptions:
     Which shards a host has, and how it keeps them.
 
     It is node *node* of *nodes* and has the shards s with s mod *nodes* = *node*. Without a notice the ledger is looked
-    at every *poll_s*. A collection that nobody used for *idle_close_s* is closed, and the longest unused ones when more
-    than *max_open* are open.
+    at every *poll_s*. A collection that nobody used for *idle_close_s* is closed (with inf none is, and the start opens
+    all), and the longest unused ones when more than *max_open* are open.
     """
 
     node: int = 0
@@ -52,34 +56,12 @@ class HostOptions:
     max_open: int = 100
 
 
-@dataclass(slots=True, eq=False)
-class _Hosted:
-    """A collection that is open, how many calls are using it now, and when the last one did."""
-
-    follower: Follower
-    used_at: float
-    users: int = 0
-    unused: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @contextmanager
-    def using(self, number: int) -> Iterator[tuple[Slot, LocalShard]]:
-        """Keep the collection open while a shard is used. Raises NotReady while that is not open."""
-        shard = self.follower.shard(number)
-        self.users += 1
-        try:
-            yield self.follower.slots[number], shard
-        finally:
-            self.users -= 1
-            self.used_at = _now()
-            if not self.users:
-                self.unused.set()
-
-
 class LocalHost:
     """
     The `ShardHost` port over shards in this process.
 
-    A collection is opened when it is first named, unless `start` did; its shards are searched while they catch up.
+    A collection is opened when it is first named, unless `start` did; its shards are searched while they catch up. One
+    that other processes write to is opened too, wherever it was created, so that it is caught up before it is asked.
     """
 
     def __init__(
@@ -96,14 +78,14 @@ class LocalHost:
         self._ledger = ledger
         self._directory = directory
         self._options = options
-        self._open: dict[str, _Hosted] = {}
-        self._openings: dict[str, asyncio.Task[_Hosted]] = {}
+        self._open: dict[str, Hosted] = {}
+        self._openings: dict[str, asyncio.Task[Hosted]] = {}
         self._closings: dict[str, asyncio.Task[None]] = {}
-        self._asleep: dict[str, tuple[Collection, list[ShardStanding]]] = {}
         self._forgotten: set[str] = set()
         self._forgetting: set[asyncio.Task[None]] = set()
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._dormant = Dormant(ledger, directory, self._numbers, self._is_awake, look_every_s=options.poll_s)
         self._upkeep = Upkeep(
             lambda: [hosted.follower for hosted in self._open.values()],
             snapshot_interval_s=options.snapshot_interval_s,
@@ -127,12 +109,11 @@ class LocalHost:
         for uuid in await asyncio.to_thread(self._directory.uuids):
             if uuid not in known:
                 await self._discard(uuid)
-        behind = []
         for collection in collections:
-            if await self._has_news(collection):
-                behind.append(collection)
-        if behind:
-            await asyncio.wait([self._opening(collection) for collection in behind[: self._options.max_open]])
+            await self._dormant.learn(collection)
+        wanted = self._dormant.collections() if self._options.idle_close_s == inf else self._dormant.behind()
+        if wanted:
+            await asyncio.wait([self._opening(collection) for collection in wanted[: self._options.max_open]])
         self._upkeep.start()
         self._tasks = [asyncio.create_task(self._keep_house()), asyncio.create_task(self._listen())]
 
@@ -173,18 +154,14 @@ class LocalHost:
     async def wait_applied(self, collection: Collection, shard: int, seq: int, deadline: Deadline) -> bool:
         """See ShardHost. False too when the collection's end came first."""
         hosted = self._open.get(collection.uuid) or await self._hosted(collection, deadline)
-        hosted.users += 1  # While somebody waits for a collection it is not idle.
-        try:
+        with hosted.busy():  # While somebody waits for a collection it is not idle.
             return await hosted.follower.wait_applied(shard, seq, _seconds(deadline))
-        finally:
-            hosted.users -= 1
-            hosted.used_at = _now()
 
     async def standings(self, collection: Collection, deadline: Deadline) -> list[ShardStanding]:
         """See ShardHost. A collection that is closed for being idle is not opened; it stands where its snapshots do."""
-        asleep = self._asleep.get(collection.uuid)
-        if asleep is not None:
-            return asleep[1]
+        dormant = self._dormant.standings(collection.uuid)
+        if dormant is not None:
+            return dormant
         hosted = self._open.get(collection.uuid) or await self._hosted(collection, deadline)
         return self._standings(hosted.follower)
 
@@ -211,11 +188,7 @@ class LocalHost:
 
     async def forget(self, collection: Collection) -> None:
         """Close and remove the shards of a deleted collection; it is not found from here on."""
-        self._forgotten.add(collection.uuid)
-        task = asyncio.create_task(self._forget(collection.uuid))
-        self._forgetting.add(task)
-        task.add_done_callback(self._forgetting.discard)
-        await asyncio.shield(task)
+        await asyncio.shield(self._gone(collection))
 
     async def forget_if_deleted(self, collection: Collection) -> None:
         """Forget the collection if the ledger has it no more."""
@@ -267,7 +240,7 @@ class LocalHost:
 
     # --- opening and closing
 
-    async def _hosted(self, collection: Collection, deadline: Deadline) -> _Hosted:
+    async def _hosted(self, collection: Collection, deadline: Deadline) -> Hosted:
         opening = self._opening(collection)
         if not opening.done():
             await asyncio.wait({opening}, timeout=_seconds(deadline))
@@ -275,7 +248,7 @@ class LocalHost:
             raise DeadlineExceeded(f"The collection {collection.name!r} was not open in time")
         return opening.result()
 
-    def _opening(self, collection: Collection) -> asyncio.Task[_Hosted]:
+    def _opening(self, collection: Collection) -> asyncio.Task[Hosted]:
         if self._closed:
             raise NotReady("The shards are closed: the service is shutting down")
         if collection.uuid in self._forgotten:
@@ -287,7 +260,7 @@ class LocalHost:
             self._openings[collection.uuid] = opening
         return opening
 
-    async def _open_collection(self, collection: Collection) -> _Hosted:
+    async def _open_collection(self, collection: Collection) -> Hosted:
         closing = self._closings.get(collection.uuid)
         if closing is not None:
             await asyncio.wait({closing})
@@ -300,27 +273,51 @@ class LocalHost:
             gone=lambda: self._gone(collection),
         )
         await follower.open()
-        hosted = self._open[collection.uuid] = _Hosted(follower, _now())
-        self._asleep.pop(collection.uuid, None)
+        hosted = self._open[collection.uuid] = Hosted(follower)
+        self._dormant.drop(collection.uuid)
         self._upkeep.opened(follower)
         return hosted
 
-    def _opened(self, collection: Collection, opening: asyncio.Task[_Hosted]) -> None:
-        """Make room for others, or log why an opening failed, as nobody may be waiting for it."""
+    def _opened(self, collection: Collection, opening: asyncio.Task[Hosted]) -> None:
+        """Close what is one too many, or log why an opening failed, as nobody may be waiting for it."""
         self._openings.pop(collection.uuid, None)
         if not opening.cancelled() and (error := opening.exception()) is not None:
             _log.warning("collection_not_opened", collection=collection.name, error=repr(error))
-        unused = sorted((hosted.used_at, uuid) for uuid, hosted in self._open.items() if not hosted.users)
-        for _, uuid in unused[: max(0, len(self._open) - self._options.max_open)]:
+            return
+        unused = sorted(
+            (hosted.catching_up, hosted.used_at, uuid)
+            for uuid, hosted in self._open.items()
+            if not hosted.users and uuid != collection.uuid
+        )
+        for _, _, uuid in unused[: max(0, len(self._open) - self._options.max_open)]:
             self._close(uuid)
+        self._open_behind()
+
+    def _open_behind(self) -> None:
+        """Open some of what other processes wrote to: where there is room, or in place of what is caught up and unused."""
+        if self._ledger.exclusive:
+            return
+        long_ago = _now() - min(KEPT_S, self._options.idle_close_s)
+        open_ = self._open.values()
+        spare = sum(not hosted.users and hosted.used_at < long_ago and not hosted.catching_up for hosted in open_)
+        for collection in self._dormant.behind():
+            if len(self._openings) + len(self._closings) >= OPENED_AT_ONCE:
+                return
+            if len(self._open) + len(self._openings) >= self._options.max_open + spare:
+                return
+            self.notify(collection, self._ledger.heard_seq(collection.uuid))
 
     def _close(self, uuid: str) -> asyncio.Task[None]:
         hosted = self._open.pop(uuid)
         closing = self._closings[uuid] = asyncio.create_task(self._close_collection(hosted))
-        closing.add_done_callback(lambda _: self._closings.pop(uuid, None))
+        closing.add_done_callback(lambda _: self._was_closed(uuid))
         return closing
 
-    async def _close_collection(self, hosted: _Hosted) -> None:
+    def _was_closed(self, uuid: str) -> None:
+        self._closings.pop(uuid, None)
+        self._open_behind()
+
+    async def _close_collection(self, hosted: Hosted) -> None:
         follower = hosted.follower
         await follower.stop()
         if follower.collection.uuid not in self._forgotten:
@@ -329,7 +326,7 @@ class LocalHost:
                     await self._upkeep.snapshot_changed(follower)
             except TimeoutError:
                 _log.warning("closed_without_snapshot", collection=follower.collection.name)
-            self._asleep[follower.collection.uuid] = (follower.collection, self._standings(follower))
+            self._dormant.put(follower.collection, self._standings(follower))
         hosted.unused.clear()
         if hosted.users:
             with suppress(TimeoutError):
@@ -339,12 +336,13 @@ class LocalHost:
 
     # --- the ends of collections
 
-    def _gone(self, collection: Collection) -> None:
-        """Forget a collection that the ledger turned out not to have any more."""
+    def _gone(self, collection: Collection) -> asyncio.Task[None]:
+        """Forget a collection that the ledger turned out not to have any more, in the background."""
         self._forgotten.add(collection.uuid)
         task = asyncio.create_task(self._forget(collection.uuid))
         self._forgetting.add(task)
         task.add_done_callback(self._forgetting.discard)
+        return task
 
     async def _forget(self, uuid: str) -> None:
         opening = self._openings.get(uuid)
@@ -355,7 +353,7 @@ class LocalHost:
         closing = self._closings.get(uuid)
         if closing is not None:
             await asyncio.wait({closing})
-        self._asleep.pop(uuid, None)
+        self._dormant.drop(uuid)
         self._upkeep.forget(uuid)
         await self._discard(uuid)
 
@@ -367,24 +365,11 @@ class LocalHost:
 
     # --- in the background
 
-    async def _has_news(self, collection: Collection) -> bool:
-        """Whether the ledger has operations that the newest snapshots lack; note how those stand if not."""
-        try:
-            seq = (await self._ledger.state(collection.uuid)).seq
-        except NotFound:
-            return False
-        kept = [
-            await asyncio.to_thread(self._directory.standing, collection, number)
-            for number in self._numbers(collection)
-        ]
-        standings = [standing for standing in kept if standing is not None and standing.applied_seq == seq]
-        if len(standings) < len(kept):
-            return seq > 0
-        self._asleep[collection.uuid] = (collection, standings)
-        return False
-
     def _numbers(self, collection: Collection) -> list[int]:
         return [number for number in range(collection.shards) if number % self._options.nodes == self._options.node]
+
+    def _is_awake(self, uuid: str) -> bool:
+        return any(uuid in known for known in (self._open, self._openings, self._closings, self._forgotten))
 
     async def _keep_house(self) -> None:
         while True:
@@ -395,19 +380,18 @@ class LocalHost:
                     self._close(uuid)
 
     async def _listen(self) -> None:
-        """Pass the news of other processes' writes on to the collections that they are for, closed ones too."""
+        """Pass the news of other processes' writes on to the collections that they are for, closed and new ones too."""
         while not self._ledger.exclusive:
             try:
                 await self._ledger.wait_for_news(self._options.poll_s)
+                for uuid, hosted in list(self._open.items()):
+                    hosted.follower.notify(self._ledger.heard_seq(uuid))
+                for collection in await self._dormant.look():
+                    await self.forget_if_deleted(collection)
             except Exception as error:
                 _log.warning("no_news_of_the_ledger", error=repr(error))
                 await asyncio.sleep(self._options.poll_s)
-            for uuid, hosted in list(self._open.items()):
-                hosted.follower.notify(self._ledger.heard_seq(uuid))
-            for uuid, (collection, standings) in list(self._asleep.items()):
-                reached = min((standing.applied_seq for standing in standings), default=0)
-                if self._ledger.heard_seq(uuid) > reached:
-                    self.notify(collection, self._ledger.heard_seq(uuid))
+            self._open_behind()
 
 
 def _now() -> float:
