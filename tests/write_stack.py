@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI
 
+from services.common.admission import Admission
 from services.common.app import create_service_app
 from services.common.deadline import Deadline
 from services.common.errors import NotFound
@@ -168,8 +169,11 @@ def write_app(stack: WriteStack, **settings: Any) -> FastAPI:
             reindexing=stack.reindexing,
             retriever=stack.shards,
             pipeline=None,
+            batches=None,
             cache=None,
             cache_kind="memory",
+            cache_layers=dict,
+            admission=Admission("searches"),
             clients={},
         )
 
@@ -177,7 +181,7 @@ def write_app(stack: WriteStack, **settings: Any) -> FastAPI:
         "search",
         SearchSettings(**settings),
         build,
-        [routes.router],
+        routes.routers,
         description="",
         needs=routes.scope_needed,
         streams=routes.is_stream,

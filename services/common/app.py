@@ -33,15 +33,17 @@ from services.common.governor import Governor
 from services.common.headers import header
 from services.common.http_errors import DialectTable, JsonRoute, install_error_handlers
 from services.common.http_protocol import OneWriteProtocol
-from services.common.key_value import KeyValueStore
+from services.common.key_value import TIMEOUT_S, KeyValueStore
 from services.common.logs import configure_logs
 from services.common.metrics import Metrics
 from services.common.middleware.access import AccessMiddleware
 from services.common.middleware.body_limit import BodyLimitMiddleware
 from services.common.middleware.disconnect import DisconnectMiddleware
 from services.common.middleware.request_context import RequestContextMiddleware
+from services.common.middleware.shedding import Door, SheddingMiddleware
 from services.common.middleware.tracing import TracingMiddleware, open_spans
 from services.common.model_files import ModelNotFound
+from services.common.retry_budget import RetryBudget
 from services.common.settings import ServiceSettings, SettingsError, read_settings
 from services.common.tracing import annotate, under
 from services.common.wire.errors import ErrorEnvelope
@@ -90,12 +92,14 @@ def create_service_app(
     dialects: Mapping[str, str] | None = None,
     needs: Callable[[str, str], str] | None = None,
     streams: Callable[[Scope], bool] | None = None,
+    door: Door | None = None,
 ) -> FastAPI:
     """
     Return the ASGI app of service *name*; nothing is loaded before its lifespan starts.
 
     *dialects* names, for a path's prefix, the dialect of http_errors.DIALECTS in which its errors are written. *needs*
-    tells an API key's scope for a method and path, if not the service's own; *streams* the requests without a body limit.
+    tells an API key's scope for a method and path, if not the service's own; *streams* the requests without a body limit;
+    *door* turns requests away unread.
 
     Raises:
         SettingsError: The file of API keys cannot be read, or traces are wanted and OpenTelemetry is not installed.
@@ -117,9 +121,7 @@ def create_service_app(
             except (TercetError, ModelNotFound) as error:
                 service.start_failure = str(error)
                 raise
-            # What is there now stays: a full collection would look at all of it, some 60 ms with all threads held up.
-            gc.collect()
-            gc.freeze()
+            _keep_what_is_there()
             log.info("ready")
             try:
                 yield
@@ -137,9 +139,15 @@ def create_service_app(
     for router in (all_routers := [_health_router(), *routers]):
         app.include_router(router)
     routes = DirectRoutes(app.serve_by_framework, [route for router in all_routers for route in router.routes])
-    wrapped = _wrap(routes, service, DialectTable(dialects or {}), governor, needs, streams)
+    wrapped = _wrap(routes, service, DialectTable(dialects or {}), governor, needs, streams, door)
     app.serve_http = wrapped if spans is None else TracingMiddleware(wrapped, spans)
     return app
+
+
+def _keep_what_is_there() -> None:
+    """Let the garbage collector pass over what there is now: a full collection would hold up all threads for some 60 ms."""
+    gc.collect()
+    gc.freeze()
 
 
 class ServiceApp(FastAPI):
@@ -188,8 +196,9 @@ def _wrap(
     governor: Governor,
     needs: Callable[[str, str], str] | None,
     streams: Callable[[Scope], bool] | None,
+    door: Door | None,
 ) -> ASGIApp:
-    """Return *app* in our middleware: the request's context outermost, then access, disconnects, the body's limit."""
+    """Return *app* in our middleware: the request's context outermost, then shedding, access, disconnects, the body's limit."""
     settings = service.settings
     app = BodyLimitMiddleware(app, settings.max_body_bytes, streams=streams)
     app = DisconnectMiddleware(app)
@@ -198,6 +207,8 @@ def _wrap(
     if keys is not None or usual.any:
         scope_of = needs or (lambda _method, _path: SERVICE_SCOPE.get(service.name, ALL))
         app = AccessMiddleware(app, keys=keys, governor=governor, usual=usual, needs=scope_of)
+    if door is not None:
+        app = SheddingMiddleware(app, door)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
@@ -211,20 +222,35 @@ def _wrap(
 
 def _open_governor(service: Service) -> Governor:
     url = service.settings.redis_url
-    store = KeyValueStore(url, make_breaker("redis-limits", service.settings, service.metrics)) if url else None
+    store = make_store("redis-limits", url, service.settings, service.metrics) if url else None
     return Governor(service.name, store)
 
 
-def make_breaker(name: str, settings: ServiceSettings, metrics: Metrics) -> Breaker:
+def make_breaker(name: str, settings: ServiceSettings, metrics: Metrics, *, in_a_row: int | None = None) -> Breaker:
     """Return a breaker for the dependency *name*, set as *settings* say, its state in the metrics."""
-    return Breaker(
+    breaker = metrics.breakers[name] = Breaker(
         name,
         window_s=settings.breaker_window_s,
         min_calls=settings.breaker_min_calls,
         failure_ratio=settings.breaker_failure_ratio,
         reset_s=settings.breaker_reset_s,
+        in_a_row=in_a_row,
         on_state=metrics.breaker_state.labels(name).set,
     )
+    return breaker
+
+
+def make_store(
+    name: str, url: str, settings: ServiceSettings, metrics: Metrics, *, timeout_s: float = TIMEOUT_S
+) -> KeyValueStore:
+    """Return the Redis at *url*, which is left alone at its first failure: what it is for can be done without."""
+    return KeyValueStore(url, make_breaker(name, settings, metrics, in_a_row=1), timeout_s=timeout_s)
+
+
+def make_retry_budget(name: str, metrics: Metrics) -> RetryBudget:
+    """Return the budget of extra calls to the dependency *name*, counted in the metrics."""
+    made, refused = (metrics.extra_calls.labels(name, outcome) for outcome in ("made", "refused"))
+    return RetryBudget(on_take=lambda taken: (made if taken else refused).inc())
 
 
 def service_of(request: Request) -> Service:
