@@ -84,12 +84,12 @@ def plan_segment(
     if exact or kind == "flat" or allowed <= max(_GATHERED_ROWS, rows * _GATHERED_SHARE):
         return Plan("gather" if allowed < rows / 8 else "flat")
     # A fifth more than asked for is enough to make good what one byte for a dimension confuses.
-    fetch = min(limit * 3 // 2 + 5, allowed)
+    fetch = min(limit * 5 // 4 + 5, allowed)
     share = allowed / rows
     if share < _BEAM_SHARE:
         return Plan("scan", fetch, selected=True)
     wide = max(1.0, rows / _BEAM_ROWS) ** _BEAM_GROWTH
-    beam = max(math.ceil(options.ef_search * wide), 2 * fetch) * (_DOT_WIDENING if dot else 1)
+    beam = max(math.ceil(options.ef_search * wide), fetch * 3 // 2) * (_DOT_WIDENING if dot else 1)
     selected = share < _UNSELECTED_SHARE
     if not selected:
         return Plan("beam", fetch + min(math.ceil(fetch * (1 - share)), rows - allowed), beam)
