@@ -62,7 +62,7 @@ async def build(settings: SearchSettings, metrics: Metrics) -> AsyncIterator[Sea
             retriever,
             embedder,
             default_collection=settings.default_collection,
-            default_shards=settings.default_shards,
+            default_shards=settings.shards_of_a_new_collection,
             languages=LANGUAGES,
             create_on_write=settings.create_on_write,
         )

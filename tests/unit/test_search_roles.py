@@ -43,3 +43,12 @@ def test_the_default_needs_nothing(monkeypatch) -> None:
     """One process with a SQLite ledger and no fallback."""
     settings = read(monkeypatch)
     assert (settings.role, settings.ledger_url, settings.nodes(), settings.fallback) == ("all", None, [], "off")
+
+
+def test_a_new_collection_has_a_shard_for_each_node(monkeypatch) -> None:
+    """One where all are in this process, and as many as were said where that was said."""
+    assert SearchSettings().shards_of_a_new_collection == 1
+    router = read(monkeypatch, SEARCH_ROLE="router", SEARCH_SHARD_NODES="http://a;http://b,http://b2", **LEDGER)
+    assert router.shards_of_a_new_collection == 2
+    told = read(monkeypatch, SEARCH_DEFAULT_SHARDS="3")
+    assert told.shards_of_a_new_collection == 3
