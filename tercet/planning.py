@@ -38,7 +38,7 @@ KEPT_SNAPSHOTS = 2
 
 ANONYMOUS_ROW_BYTES = 50
 ANONYMOUS_FIELD_BYTES = 12
-OPEN_SHARD_BYTES = 3_000_000
+OPEN_SHARD_BYTES = 2_500_000
 WRITTEN_SHARD_BYTES = 27_000_000  # what a shard that is written to has besides: SQLite's page cache, Tantivy's writer
 UNFOLDED_ROWS, UNFOLDED_ROW_BYTES, UNFOLDED_SHARE = 16_384, 1600, 0.64  # the newest words, not yet in the files
 PROCESS_BYTES = 120_000_000

@@ -22,6 +22,7 @@ from services.search.ports import (
     CollectionState,
     Embedded,
     EmbeddingModel,
+    Fetched,
     Highlight,
     MetadataValue,
     Reranked,
@@ -107,19 +108,21 @@ class MemoryRetriever:
 
     async def fetch(
         self, collection: Collection, candidates: Sequence[Candidate], deadline: Deadline, *, vectors: bool = False
-    ) -> dict[str, ShardDocument]:
+    ) -> Fetched:
         self.fetched.append([one.id for one in candidates])
 
         def vector(id_: str) -> Vector | None:
             return np.array(self.vectors.get(id_, [0.6, 0.8]), dtype=np.float32) if vectors else None
 
-        return {
-            one.id: ShardDocument(
-                one.id, f"text of {one.id}", f"title {one.id}", self.metadata.get(one.id, {"n": 1}), vector(one.id)
-            )
-            for one in candidates
-            if one.id not in self.gone
-        }
+        return Fetched(
+            {
+                one.id: ShardDocument(
+                    one.id, f"text of {one.id}", f"title {one.id}", self.metadata.get(one.id, {"n": 1}), vector(one.id)
+                )
+                for one in candidates
+                if one.id not in self.gone
+            }
+        )
 
     async def wait_applied(self, collection: Collection, seq: int, deadline: Deadline) -> bool:
         return self.applied

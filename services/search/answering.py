@@ -42,6 +42,7 @@ class Reader:
         self._known: dict[str, ShardDocument | None] = {}
         self._with_vector: set[str] = set()
         self.lost: set[int] = set()  # the shards whose documents were not all there
+        self.failed: set[int] = set()  # those of them that could not be asked
 
     async def read(self, entries: Iterable[Ranked], stage: str, *, vectors: bool = False) -> dict[str, ShardDocument]:
         """Return the documents of *entries* by id; as they are now: those deleted since they were found are missing."""
@@ -50,7 +51,9 @@ class Reader:
         if missing:
             with self._run.timed(stage):
                 until = self._run.patience(READ_SHARE)
-                found = await self._retriever.fetch(self._run.collection, missing, until, vectors=vectors)
+                fetched = await self._retriever.fetch(self._run.collection, missing, until, vectors=vectors)
+            found = fetched.documents
+            self.failed |= fetched.failed
             for candidate in missing:
                 if candidate.id not in found:
                     self.lost.add(candidate.shard)

@@ -202,11 +202,11 @@ class SearchPipeline:
         A document that is missing may have been deleted since; where nothing was written since, it was not.
 
         Raises:
-            DependencyUnavailable: None of them could be read, so that nothing was *found*.
+            DependencyUnavailable: They could not be asked, and so nothing was *found*.
         """
         if reader.lost and self._ledger.heard_seq(run.collection.uuid) <= retrieved.as_of:
             run.unread = frozenset(reader.lost)
-            if not found:
+            if not found and reader.failed:
                 raise DependencyUnavailable("What was found cannot be read now", retry_after_s=RETRY_AFTER_S)
             run.degrade("shards_partial")
 

@@ -16,10 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def http(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of a stack that holds DOCUMENTS in the collection `facts`."""
-    async with running(tmp_path_factory.mktemp("stack"), EMBEDDING_MODEL="fake", RERANK_MODEL="fake") as (
-        stack,
-        client,
-    ):
+    settings = {"EMBEDDING_MODEL": "fake", "RERANK_MODEL": "fake", "SEARCH_DEFAULT_SHARDS": "2"}
+    async with running(tmp_path_factory.mktemp("stack"), **settings) as (stack, client):
         await client.write("facts", DOCUMENTS)
         async with httpx2.AsyncClient(base_url=stack.url, timeout=30, trust_env=False) as http:
             yield http

@@ -198,7 +198,7 @@ async def test_the_router_over_it(local, host) -> None:
     assert (found.total, found.ok, found.failures, found.as_of) == (2, 2, {}, 40)
     best = max(found.candidates, key=lambda candidate: (candidate.dense, candidate.bm25 or 0))
     assert best.id == "n3"
-    documents = await router.fetch(NOTES, found.candidates, soon())
+    documents = (await router.fetch(NOTES, found.candidates, soon())).documents
     assert documents.keys() == {candidate.id for candidate in found.candidates}
     await router.aclose()
 
@@ -218,7 +218,7 @@ async def test_the_compressed_copy_answers_in_a_dead_nodes_place(local, tmp_path
     assert (found.ok, found.fallback, found.failures) == (2, 2, {})
     best = max(found.candidates, key=lambda candidate: (round(candidate.dense, 1), candidate.bm25 or 0))
     assert best.id == "n3"
-    assert (await router.fetch(NOTES, found.candidates, soon()))["n3"].text == "note number3 about apples"
+    assert (await router.fetch(NOTES, found.candidates, soon())).documents["n3"].text == "note number3 about apples"
     await router.aclose()
     await copy.aclose()
     await asyncio.to_thread(directory.close)

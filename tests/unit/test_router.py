@@ -8,7 +8,7 @@ import pytest
 
 from services.common.deadline import NO_DEADLINE
 from services.common.errors import BackendFailed, DeadlineExceeded, DependencyUnavailable, InvalidInput, NotReady
-from services.search.ports import Candidate, RetrievalQuery
+from services.search.ports import Candidate, Fetched, RetrievalQuery
 from services.search.shards.replicas import OneHost, Replica
 from services.search.shards.router import MAX_QUERY_TERMS, ShardRouter
 from tests.shard_hosts import BOOKS, FakeHost, eventually, soon
@@ -140,13 +140,17 @@ async def test_a_cancelled_caller_stops_only_itself(router, host) -> None:
 async def test_fetch_returns_what_is_still_there(router, host) -> None:
     """Fields come by id over all shards; what is gone, and what a failing shard has, is missing."""
     candidates = (await router.retrieve(BOOKS, question(), soon())).candidates
-    assert (await router.fetch(BOOKS, candidates, soon())).keys() == {f"d{n}" for n in range(1, 21)}
+    whole = await router.fetch(BOOKS, candidates, soon())
+    assert (whole.documents.keys(), whole.failed) == ({f"d{n}" for n in range(1, 21)}, frozenset())
     host.applied = 10
-    assert (await router.fetch(BOOKS, candidates, soon())).keys() == {f"d{n}" for n in range(1, 11)}
+    behind = await router.fetch(BOOKS, candidates, soon())
+    assert (behind.documents.keys(), behind.failed) == ({f"d{n}" for n in range(1, 11)}, frozenset())
     host.error, host.fails = BackendFailed("broken"), {candidates[0].shard}
-    assert candidates[0].id not in await router.fetch(BOOKS, candidates, soon())
-    assert await router.fetch(BOOKS, [Candidate("d1", 3, 0, None, None)], soon()) == {}
-    assert await router.fetch(BOOKS, [], soon()) == {}
+    broken = await router.fetch(BOOKS, candidates, soon())
+    assert candidates[0].id not in broken.documents
+    assert broken.failed == host.fails
+    assert await router.fetch(BOOKS, [Candidate("d1", 3, 0, None, None)], soon()) == Fetched({})
+    assert await router.fetch(BOOKS, [], soon()) == Fetched({})
 
 
 async def test_matching_is_whole_or_nothing(router, host) -> None:

@@ -84,7 +84,7 @@ async def test_a_read_that_hangs_is_answered_by_the_second_host(router, first, s
     first.hangs = {verb}
     second.asked.clear()
     found = await router.retrieve(BOOKS, WORDS, soon(PATIENCE_S))
-    documents = await router.fetch(BOOKS, candidates, soon(PATIENCE_S))
+    documents = (await router.fetch(BOOKS, candidates, soon(PATIENCE_S))).documents
     assert (found.ok, found.failures, found.timed_out, len(documents)) == (4, {}, 0, 10)
     assert {asked for asked, _ in second.asked} >= {verb}
     assert wins[True] > 0

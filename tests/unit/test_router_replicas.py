@@ -177,7 +177,7 @@ async def test_the_fallback_answers_for_what_no_replica_does(router, hosts, plac
     found = await router.retrieve(BOOKS, QUESTION, soon())
     assert (found.ok, found.fallback, found.failures, found.as_of) == (4, 2, {}, 9)
     assert failed["answered by the fallback"] == 2
-    assert len(await router.fetch(BOOKS, found.candidates, soon())) == len(found.candidates)
+    assert len((await router.fetch(BOOKS, found.candidates, soon())).documents) == len(found.candidates)
     hosts["b0"].error = None
     async with asyncio.timeout(10):
         while (await router.retrieve(BOOKS, QUESTION, soon())).fallback:

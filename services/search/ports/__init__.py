@@ -11,7 +11,15 @@ from services.search.ports.ledger import (
     Receipt,
     Written,
 )
-from services.search.ports.retrieval import Highlight, Highlighter, RetrievalQuery, Retrieved, Retriever, ShardCall
+from services.search.ports.retrieval import (
+    Fetched,
+    Highlight,
+    Highlighter,
+    RetrievalQuery,
+    Retrieved,
+    Retriever,
+    ShardCall,
+)
 from services.search.ports.services import (
     CacheEntry,
     Embedded,
@@ -48,6 +56,7 @@ __all__ = [
     "Embedded",
     "EmbeddingClient",
     "EmbeddingModel",
+    "Fetched",
     "Highlight",
     "Highlighter",
     "KnownDocument",

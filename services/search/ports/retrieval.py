@@ -71,6 +71,14 @@ class Retrieved:
     facets: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Stored fields by document id, and the shards that could not be asked for theirs."""
+
+    documents: Mapping[str, ShardDocument]
+    failed: frozenset[int] = frozenset()
+
+
 class Retriever(Protocol):
     """The shards of all collections, wherever they are."""
 
@@ -80,8 +88,8 @@ class Retriever(Protocol):
 
     async def fetch(
         self, collection: Collection, candidates: Sequence[Candidate], deadline: Deadline, *, vectors: bool = False
-    ) -> dict[str, ShardDocument]:
-        """Return the stored fields of *candidates* by id; those that are gone are missing."""
+    ) -> Fetched:
+        """Return the stored fields of *candidates* by id; those that are gone, or whose shard fails, are missing."""
         ...
 
     async def matching(self, collection: Collection, filter: Any, deadline: Deadline, *, limit: int) -> list[Match]:

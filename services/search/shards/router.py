@@ -14,6 +14,7 @@ from services.search.ports import (
     AuditReport,
     Candidate,
     Collection,
+    Fetched,
     Match,
     RetrievalQuery,
     Retrieved,
@@ -110,8 +111,8 @@ class ShardRouter:
 
     async def fetch(
         self, collection: Collection, candidates: Sequence[Candidate], deadline: Deadline, *, vectors: bool = False
-    ) -> dict[str, ShardDocument]:
-        """Return the stored fields of *candidates* by id; those that are gone, or whose shard fails, are missing."""
+    ) -> Fetched:
+        """See Retriever."""
         self._check_open()
         ids: dict[int, list[str]] = {}
         for candidate in candidates:
@@ -134,7 +135,7 @@ class ShardRouter:
         found: dict[str, ShardDocument] = {}
         for documents in gathered.answers.values():
             found.update(documents)
-        return found
+        return Fetched(found, frozenset(gathered.failures.keys() | gathered.late))
 
     async def matching(self, collection: Collection, filter: Any, deadline: Deadline, *, limit: int) -> list[Match]:
         """See Retriever. The order is that of the shards' numbers, and in each its own."""
