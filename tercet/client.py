@@ -29,7 +29,7 @@ from services.common.wire.documents import (
     WriteProgress,
     WriteReply,
 )
-from services.common.wire.search import SearchReply
+from services.common.wire.search import BatchReply, SearchReply
 from services.common.wire.status import StatusReply
 from tercet.errors import IndexingFailed, TercetApiError, TercetClientError, TercetUnreachable
 from tercet.indexing import Indexing, IndexSummary, in_background, split_into_batches
@@ -72,10 +72,19 @@ class TercetClient(Transport):
 
     async def search(self, **fields: Any) -> SearchReply:
         """Ask a question; *fields* are those of SearchRequest, and those that are None are left to their defaults."""
-        body = {name: value for name, value in fields.items() if value is not None}
+        body = _given(fields)
         timeout_ms = body.get("timeout_ms")
         timeout_s = max(self._timeout_s, timeout_ms / 1000 + 5) if isinstance(timeout_ms, int) else self._timeout_s
         return await self._call("POST", "/search", SearchReply, body=body, timeout_s=timeout_s)
+
+    async def search_batch(self, searches: Sequence[Mapping[str, Any]]) -> BatchReply:
+        """
+        Ask up to 100 questions in one request, each with the fields of SearchRequest; the results are in their order.
+
+        A search that fails has its error in the reply. One that is malformed is a TercetApiError for all of them.
+        """
+        body = {"searches": [_given(search) for search in searches]}
+        return await self._call("POST", "/search/batch", BatchReply, body=body, timeout_s=SLOW_TIMEOUT_S)
 
     async def write(
         self,

@@ -18,6 +18,8 @@ from services.common.wire.search import BatchReply
 from services.common.wire.status import StatusReply
 from services.search.app import create_app
 from services.search.settings import SearchSettings
+from tercet.client import TercetClient
+from tercet.errors import TercetApiError
 from tests.integration.conftest import serving
 
 DIM = 8
@@ -97,6 +99,17 @@ async def test_a_batch_answers_each_by_itself(client: httpx2.AsyncClient):
     assert reply.json()["results"][0] == reply.json()["results"][3]
     alone = (await client.post("/search", json={**lexical("bee", k=2), "cache": False})).json()
     assert [hit.id for hit in results[2].answer.hits] == [hit["id"] for hit in alone["hits"]]
+
+
+async def test_the_client_asks_many_at_once(client: httpx2.AsyncClient):
+    """`search_batch` gives each answer or error in its place; one malformed search is an error for all, by its number."""
+    searches = [lexical("tide", k=3, min_score=None), lexical("bread", collection="none")]
+    async with TercetClient("http://service", transport=client._transport) as tercet:
+        results = (await tercet.search_batch(searches)).results
+        assert (len(results[0].answer.hits), results[1].error.code) == (3, "not_found")
+        with pytest.raises(TercetApiError) as refused:
+            await tercet.search_batch([*searches, lexical("bee", k=0)])
+    assert (refused.value.status, refused.value.param) == (422, "searches.2.k")
 
 
 async def test_a_batch_steps_down_as_one_search_would(client: httpx2.AsyncClient):
