@@ -168,6 +168,7 @@ class Reranker:
         self.scores: dict[str, float | None] = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.9}
         self.error: Exception | None = None
         self.asked: list[list[str]] = []
+        self.under_way = 4
 
     async def rerank(self, query: str, texts: Sequence[str], deadline: Deadline) -> Reranked:
         self.asked.append(list(texts))

@@ -85,7 +85,8 @@ class KeyValueStore:
             self._complain(str(refusal))
             self._answers = True
             return None
-        except (RedisError, OSError, DependencyUnavailable) as error:
+        except (RedisError, OSError, RuntimeError, DependencyUnavailable) as error:
+            # RuntimeError: what uvloop raises where the connection was reset and the client does not know it yet.
             if self._answers:
                 log.warning("key_value_store_fails", error=type(error).__name__)
             self._answers = False

@@ -45,9 +45,14 @@ class Reader:
         self.failed: set[int] = set()  # those of them that could not be asked
 
     async def read(self, entries: Iterable[Ranked], stage: str, *, vectors: bool = False) -> dict[str, ShardDocument]:
-        """Return the documents of *entries* by id; as they are now: those deleted since they were found are missing."""
+        """
+        Return the documents of *entries* by id; as they are now: those deleted since they were found are missing.
+
+        A shard that could not be asked once is not waited for again.
+        """
         candidates = [entry.candidate for entry in entries]
-        missing = [c for c in candidates if c.id not in (self._with_vector if vectors else self._known)]
+        known = self._with_vector if vectors else self._known
+        missing = [c for c in candidates if c.id not in known and c.shard not in self.failed]
         if missing:
             with self._run.timed(stage):
                 until = self._run.patience(READ_SHARE)
@@ -60,7 +65,7 @@ class Reader:
                 self._known[candidate.id] = found.get(candidate.id, self._known.get(candidate.id))
                 if vectors:
                     self._with_vector.add(candidate.id)
-        return {c.id: document for c in candidates if (document := self._known[c.id]) is not None}
+        return {c.id: document for c in candidates if (document := self._known.get(c.id)) is not None}
 
 
 async def choose(run: Run, ranked: Sequence[Ranked], reader: Reader) -> list[Ranked]:

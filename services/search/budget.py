@@ -24,7 +24,11 @@ LEAST_FINISH_S: Final = 0.01
 PRIORS_S: Final[dict[Stage, float]] = {"embed": 0.02, "retrieve": 0.02, "hits": 0.003}
 PRIOR_PAIR_S: Final = 0.004
 # Of the time left, at least: without shards there is no answer, whatever is left after them; a vector can be done without.
-LEAST_SHARE: Final[dict[Stage, float]] = {"embed": 0.0, "retrieve": 0.5, "hits": 1.0}
+LEAST_SHARE: Final = {"retrieve": 0.5, "hits": 1.0}
+# A vector has ten times its usual time if that is no more than a quarter: while a shard hangs retrieval takes long, and a
+# share in proportion would leave it too little for any hitch.
+EASY_TIMES: Final = 10.0
+EASY_SHARE: Final = 0.25
 MOST_FOR_A_VECTOR: Final = 0.5  # … and at most: an embedding service that hangs must not take the reranker's time too.
 _AFTER: Final[dict[Stage, tuple[Stage, ...]]] = {"embed": ("retrieve", "hits"), "retrieve": ("hits",), "hits": ()}
 
@@ -102,10 +106,11 @@ class Budget:
         after_s = sum([self._usual[later].measured_s for later in _AFTER[stage]])
         pairs_s = self._rerank_s(FEW_PAIRS) if rerank and stage != "hits" else 0.0
         fair_s = remaining_s * own_s / (own_s + after_s + pairs_s)
-        allowed_s = max(min(fair_s, remaining_s - after_s), LEAST_SHARE[stage] * remaining_s, 0.0)
-        if stage == "embed":
-            return min(allowed_s, max(0.0, MOST_FOR_A_VECTOR * remaining_s), self._waited_for_s(own_s))
-        return allowed_s
+        if stage != "embed":
+            return max(min(fair_s, remaining_s - after_s), LEAST_SHARE[stage] * remaining_s, 0.0)
+        fair_s = max(fair_s, min(EASY_TIMES * own_s, EASY_SHARE * remaining_s))
+        allowed_s = min(fair_s, remaining_s - after_s, MOST_FOR_A_VECTOR * remaining_s, self._waited_for_s(own_s))
+        return max(0.0, allowed_s)
 
     def affordable(self, remaining_s: float) -> int:
         """Return how many candidates can be reranked, and the hits read after that, in *remaining_s*; 0 for none."""

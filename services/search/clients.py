@@ -65,14 +65,24 @@ class HttpRerankClient:
 
     def __init__(self, client: ServiceClient) -> None:
         self._client = client
+        self._under_way = 0
+
+    @property
+    def under_way(self) -> int:
+        """See RerankClient."""
+        return self._under_way
 
     async def rerank(self, query: str, texts: Sequence[str], deadline: Deadline) -> Reranked:
         """See RerankClient. The service is asked to answer a little before *deadline*, so that its part comes in time."""
         body = NativeRerankRequest(query=query, documents=list(texts))
         answer_by = deadline.earlier(ANSWER_MARGIN_S)
-        reply = await self._client.call(
-            "POST", "/rerank", RerankReply, body=body, deadline=deadline, answer_by=answer_by, work_s=_scoring_s
-        )
+        self._under_way += 1
+        try:
+            reply = await self._client.call(
+                "POST", "/rerank", RerankReply, body=body, deadline=deadline, answer_by=answer_by, work_s=_scoring_s
+            )
+        finally:
+            self._under_way -= 1
         scores: list[float | None] = [None] * len(texts)
         for result in reply.results:
             if not 0 <= result.index < len(texts):

@@ -6,7 +6,7 @@ What is done in their order, and what becomes of the outcome, is the pipeline's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from services.common.errors import Conflict, DeadlineExceeded, DependencyUnavailable, NotFound, TercetError
 from services.common.wire.search import FusionWeights, LexicalOptions
@@ -30,6 +30,7 @@ from services.search.run import Run
 from services.search.selection import at_least
 
 _PLAIN = LexicalOptions()
+CROWD: Final = 2  # So many searches at the reranker are enough for another one to wait.
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,8 @@ class Stages:
         The best are reranked, as many as *pressure* (0 to 1) and the time that is left allow; the others follow them.
         """
         asked = min(run.request.rerank_candidates or self._options.rerank_candidates, len(ranked))
-        wanted = reduced(asked, pressure)
+        # Under the pressure of something else that hangs the reranker is idle, and fewer candidates would help nobody.
+        wanted = reduced(asked, pressure) if self._rerank.under_way >= CROWD else asked
         if wanted < asked:
             run.check("rerank_reduced")
         run.affordable = self._budget.affordable(run.deadline.remaining_s())

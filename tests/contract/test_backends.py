@@ -75,21 +75,21 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("model-cache")
 
 
-def exactly(runtime: str, precision: str, cache_dir: Path) -> EncoderOptions:
+def exactly(runtime: str, precision: str, threads: int, cache_dir: Path) -> EncoderOptions:
     """Return options that leave nothing to measurement."""
-    return EncoderOptions(runtime=runtime, precision=precision, device="cpu", threads=1, cache_dir=cache_dir)
+    return EncoderOptions(runtime=runtime, precision=precision, device="cpu", threads=threads, cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="session")
-def opened(cache_dir: Path) -> Callable[[str, str], TransformerBackend]:
-    """Return a function that gives the packaged model by runtime and precision, opened once each."""
+def opened(cache_dir: Path) -> Callable[[str, str, int], TransformerBackend]:
+    """Return a function that gives the packaged model by runtime, precision and threads, opened once each."""
     return cache(lambda *asked: TransformerBackend(DEFAULT_MODEL, exactly(*asked, cache_dir)))
 
 
 @pytest.fixture(scope="session")
-def transformer(opened: Callable[[str, str], TransformerBackend]) -> TransformerBackend:
+def transformer(opened: Callable[[str, str, int], TransformerBackend]) -> TransformerBackend:
     """The packaged model through torch at fp32."""
-    return opened("torch", "fp32")
+    return opened("torch", "fp32", 1)
 
 
 @pytest.fixture(scope="session")
@@ -139,10 +139,11 @@ class FasterTransformer(EmbeddingBackendContract):
 
     runtime: str
     precision: str
+    threads = 1
 
     @pytest.fixture
-    def backend(self, opened: Callable[[str, str], EmbeddingBackend]) -> EmbeddingBackend:
-        return opened(self.runtime, self.precision)
+    def backend(self, opened: Callable[[str, str, int], EmbeddingBackend]) -> EmbeddingBackend:
+        return opened(self.runtime, self.precision, self.threads)
 
     def test_it_stays_near_sentence_transformers(
         self, backend: EmbeddingBackend, reference: SentenceTransformer
@@ -176,6 +177,13 @@ class TestOpenvinoFp32(FasterTransformer):
 
 
 @pytest.mark.slow
+class TestOpenvinoFp32InParts(FasterTransformer):
+    """The graph runtime with three threads: batches are cut into parts, single texts are one thread's work or all threads'."""
+
+    runtime, precision, threads = "openvino", "fp32", 3
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not processor().has_bf16, reason="this processor computes no bf16")
 class TestOpenvinoBf16(FasterTransformer):
     """The graph runtime, as most CPUs of a server will run it."""
@@ -204,7 +212,7 @@ class TestFakeScorer(RerankBackendContract):
 @pytest.fixture(scope="session")
 def late_interaction(cache_dir: Path) -> LateInteractionBackend:
     """MaxSim over the packaged model at fp32."""
-    options = exactly("torch", "fp32", cache_dir)
+    options = exactly("torch", "fp32", 1, cache_dir)
     return LateInteractionBackend(DEFAULT_MODEL, options, cache_bytes=1 << 24, max_tokens=128)
 
 

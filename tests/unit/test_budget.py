@@ -73,6 +73,14 @@ def test_the_step_down_has_its_time():
     assert budget.allowed_s("embed", -1.0, rerank=True) == 0.0
 
 
+def test_a_vector_is_waited_for_with_ease():
+    """Where retrieval takes long a proportional share would be short: ten times the usual is given, or a quarter of the time."""
+    budget = measured(embed=0.02, retrieve=0.5, hits=0.01)
+    assert budget.allowed_s("embed", 1.0, rerank=False) == pytest.approx(0.2)
+    assert budget.allowed_s("embed", 0.64, rerank=False) == pytest.approx(0.13)
+    assert measured(embed=0.08, retrieve=0.5, hits=0.01).allowed_s("embed", 1.0, rerank=False) == pytest.approx(0.25)
+
+
 def test_shards_that_are_late_take_nothing_from_the_embedding():
     """A shard that hangs makes retrieval late again and again; the question is still embedded as ever."""
     budget = measured(embed=0.01, retrieve=0.02, hits=0.01)

@@ -1,12 +1,15 @@
 """Batches as arrays, and batches that a device's memory does not hold."""
 
 from collections.abc import Sequence
+from itertools import combinations_with_replacement, pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from services.common.encoders.batches import in_halves, padded, rounded_up
+from services.common.encoders.batches import divided, in_halves, padded, rounded_up
 from services.common.encoders.torch_encoder import is_out_of_memory
 from services.common.errors import OutOfMemory
 from services.common.tokens import Tokens
@@ -34,6 +37,39 @@ def test_sizes_are_rounded_up_by_a_sixteenth_at_most() -> None:
     assert all(size <= up < size * 17 / 16 for size, up in rounded.items())
     assert len(set(rounded.values())) == 184
     assert all(rounded_up(up) == up for up in rounded.values())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts", "groups"),
+    [
+        ([], 2, [[]]),
+        ([7], 4, [[0]]),
+        ([5, 5, 5, 5], 2, [[0, 1], [2, 3]]),
+        ([4, 100, 3, 5], 2, [[1], [3, 0, 2]]),
+        ([8, 8, 8], 8, [[0], [1], [2]]),
+        ([0, 0], 2, [[0], [1]]),
+    ],
+)
+def test_a_batch_is_divided_by_its_padded_size(lengths: list[int], parts: int, groups: list[list[int]]) -> None:
+    """The longest come first, and the largest part, padding included, is as small as it can be."""
+    assert divided(lengths, parts) == groups
+
+
+@given(st.lists(st.integers(0, 300), max_size=12), st.integers(1, 5))
+def test_no_other_division_has_a_smaller_largest_part(lengths: list[int], parts: int) -> None:
+    """Every position is there once; of all ways to cut the sorted lengths none has less in its largest part."""
+    groups = divided(lengths, parts)
+    assert sorted(position for group in groups for position in group) == list(range(len(lengths)))
+    assert 1 <= len(groups) <= parts
+    sizes = sorted((max(1, length) for length in lengths), reverse=True)
+
+    def largest(cuts: tuple[int, ...]) -> int:
+        bounds = [0, *cuts, len(sizes)]
+        return max((sizes[start] * (end - start) for start, end in pairwise(bounds) if end > start), default=0)
+
+    best = min(largest(cuts) for cuts in combinations_with_replacement(range(len(sizes) + 1), parts - 1))
+    found = max((max(1, *(lengths[p] for p in group)) * len(group) for group in groups if group), default=0)
+    assert found == best
 
 
 class SmallDevice:

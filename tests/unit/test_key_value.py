@@ -33,6 +33,17 @@ async def read(store: KeyValueStore) -> bytes | None:
     return await store.attempt(lambda redis: redis.get("a"))
 
 
+async def test_what_the_event_loop_says_of_a_reset_connection_is_a_failure(store: KeyValueStore) -> None:
+    """uvloop raises RuntimeError where one writes to a connection that was reset: nothing is returned, nothing is raised."""
+
+    async def operation(_redis: redis.asyncio.Redis) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    assert await store.attempt(operation) is None
+    assert not store.available
+    assert store.breaker.state == "open"
+
+
 async def test_a_frozen_redis_costs_one_time_out(redis_server: RedisServer, store: KeyValueStore) -> None:
     """The first read is late, those after it do not wait at all, and once Redis goes on it is used again."""
     assert await read(store) == b"1"

@@ -98,6 +98,15 @@ async def test_pressure_leaves_candidates_out():
     assert (admission.waited_ms, admission.pressure, admission.in_flight, admission.limit) == (250.0, 1.0, 3.0, 4.0)
 
 
+async def test_pressure_from_elsewhere_leaves_none_out():
+    """Where the reranker has next to nothing to do, searches wait for something else, and fewer candidates would not help."""
+    stack = make_stack(admission=FullHouse())
+    stack.reranker.under_way = 1
+    stack.retriever.candidates = [found(f"{n:02}a", 1 - n / 100) for n in range(20)]
+    reply = await stack.search(rerank_candidates=20)
+    assert (reply.degraded, len(stack.reranker.asked[0])) == ([], 20)
+
+
 async def test_pressure_leaves_few_candidates_alone():
     """Where there are no more than are reranked at least, nothing is left out and nothing is said."""
     assert (await make_stack(admission=FullHouse()).search()).degraded == []

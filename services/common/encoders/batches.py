@@ -50,6 +50,35 @@ def rounded_up(size: int) -> int:
     return -(-size // step) * step
 
 
+def divided(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """
+    Return the positions of texts of these *lengths* in one to *parts* groups, longest texts first.
+
+    The largest group, padded to its longest text, is as small as it can be with groups of neighbours in length.
+    """
+    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
+    sizes = [max(1, lengths[position]) for position in order]
+    if not sizes:
+        return [[]]
+    low, high = sizes[0], sizes[0] * len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_ends(sizes, middle)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    ends = _ends(sizes, low)
+    return [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _ends(sizes: Sequence[int], padded_size: int) -> list[int]:
+    """Return where groups of falling *sizes* end that are filled, one after the other, up to *padded_size* each."""
+    ends = [0]
+    while ends[-1] < len(sizes):
+        ends.append(min(len(sizes), ends[-1] + padded_size // sizes[ends[-1]]))
+    return ends[1:]
+
+
 def in_halves(
     run: Callable[[Sequence[ItemT]], list[OutputT]],
     batch: Sequence[ItemT],

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.common.encoders.batches import longest_of, padded, rounded_up
+from services.common.encoders.batches import divided, longest_of, padded, rounded_up
+from services.common.encoders.compiled import CompiledGraph, Inputs
 from services.common.encoders.description import ModelDescription
 from services.common.encoders.hardware import usable_cores
 from services.common.encoders.tokenizer import TextTokenizer
@@ -33,6 +34,8 @@ _POOLED, _PER_TOKEN = 0, 1
 # What the runtime keeps of the shapes it has met, some six entries each: by default 5,000, which is most of a gigabyte.
 # A shape that was forgotten costs 2 ms more.
 RUNTIME_CACHE_ENTRIES = 400
+# Weights (at fp32) up to which a batch's parts are computed side by side: the second form has its own copy of them.
+DIVIDED_BYTES = 600_000_000
 _GRAPH_FILE = "model.xml"
 
 
@@ -134,8 +137,6 @@ def drop_graph(directory: Path) -> None:
 class GraphEncoder:
     """
     See Encoder. Each of its two outputs is a compiled model of its own, made when it is first asked for.
-
-    Inputs are copied into the runtime: sharing them with it corrupts its memory when shapes change.
     """
 
     runtime = "openvino"
@@ -160,16 +161,15 @@ class GraphEncoder:
         self._core = self._openvino.Core()
         self._settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
-            "INFERENCE_NUM_THREADS": threads or usable_cores(),
-            "NUM_STREAMS": 1,
             "CPU_RUNTIME_CACHE_CAPACITY": str(RUNTIME_CACHE_ENTRIES),
             "ENABLE_CPU_PINNING": False,  # Several models or services on one machine would be pinned to the same cores.
         }
+        self._threads = threads or usable_cores()
+        self._divide = description.weights_bytes <= DIVIDED_BYTES
         self._graph = graph.clone() if precision == "int8" else graph
         if precision == "int8":
             compress_weights(self._graph)
-        self._compiled: dict[int, Any] = {}
-        self._requests: dict[int, Any] = {}
+        self._compiled: dict[int, CompiledGraph] = {}
         self._thread = threading.get_ident()
 
     def tokenize(
@@ -180,42 +180,55 @@ class GraphEncoder:
 
     def pooled(self, batch: Sequence[Tokens]) -> NDArray[np.float32]:
         """See Encoder."""
-        return self._infer(batch, _POOLED)
+        made: NDArray[np.float32] | None = None
+        for positions, vectors in self._infer(batch, _POOLED):
+            if made is None:
+                made = np.empty((len(batch), vectors.shape[1]), dtype=np.float32)
+            made[positions] = vectors[: len(positions)]
+        assert made is not None, "a batch has parts"
+        return made
 
     def per_token(self, batch: Sequence[Tokens]) -> list[NDArray[np.float32]]:
         """See Encoder."""
-        vectors = self._infer(batch, _PER_TOKEN)
-        # Copies: a view would keep the whole batch's array alive for as long as one text's vectors are kept.
-        return [vectors[row, : len(item.ids)].copy() for row, item in enumerate(batch)]
+        made: dict[int, NDArray[np.float32]] = {}
+        for positions, vectors in self._infer(batch, _PER_TOKEN):
+            for row, position in enumerate(positions):
+                # A copy: a view would keep the whole array alive for as long as one text's vectors are kept.
+                made[position] = vectors[row, : len(batch[position].ids)].copy()
+        return [made[position] for position in range(len(batch))]
 
     def close(self) -> None:
         """See Encoder."""
-        self._requests.clear()
         self._compiled.clear()
         self._graph = None
 
-    def _infer(self, batch: Sequence[Tokens], output: int) -> NDArray[np.float32]:
+    def _infer(self, batch: Sequence[Tokens], output: int) -> list[tuple[list[int], NDArray[np.float32]]]:
+        """Return the parts of *batch*: positions in it, and their output, which may have rows of padding at its end."""
         if self._thread != threading.get_ident():
-            # A request belongs to the thread that made it.
-            self._requests.clear()
+            for one in self._compiled.values():
+                one.forget_requests()
             self._thread = threading.get_ident()
-        if output not in self._requests:
-            if output not in self._compiled:
-                self._compiled[output] = self._compile(output)
-            self._requests[output] = self._compiled[output].create_infer_request()
-        # The runtime prepares itself for each shape that it meets: milliseconds each.
-        longest = min(rounded_up(longest_of(batch)), max(self.description.max_tokens, longest_of(batch)))
-        ids, mask = padded(batch, self.description.pad_id, shape=(rounded_up(len(batch)), longest))
-        result = self._requests[output].infer({"input_ids": ids, "attention_mask": mask}, share_inputs=False)
-        return np.array(result[0][: len(batch)], dtype=np.float32)
+        compiled = self._compiled.get(output)
+        if compiled is None:
+            compiled = self._compiled[output] = self._compile(output)
+            compiled.measure(self.description.max_tokens)
+        parts = divided([len(item.ids) for item in batch], compiled.streams)
+        inputs = [self._inputs([batch[position] for position in positions]) for positions in parts]
+        return list(zip(parts, compiled.run(inputs), strict=True))
 
-    def _compile(self, output: int) -> Any:
+    def _inputs(self, part: Sequence[Tokens]) -> Inputs:
+        # The runtime prepares itself for each shape that it meets: milliseconds each.
+        longest = min(rounded_up(longest_of(part)), max(self.description.max_tokens, longest_of(part)))
+        ids, mask = padded(part, self.description.pad_id, shape=(rounded_up(len(part)), longest))
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _compile(self, output: int) -> CompiledGraph:
         if self._graph is None:
             raise RuntimeError("the encoder is closed")
         alone = self._openvino.Model([self._graph.output(output)], self._graph.get_parameters(), "encoder")
         try:
-            compiled = self._core.compile_model(alone, "CPU", self._settings)
-            used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+            compiled = CompiledGraph(self._core, alone, self._settings, threads=self._threads, divide=self._divide)
+            used = compiled.precision
         except Exception as error:
             raise GraphError(f"the graph does not run here at {self.precision}: {_first_line(error)}") from error
         if used != _HINTS[self.precision]:

@@ -66,6 +66,11 @@ class Reranked:
 class RerankClient(Protocol):
     """The rerank service, behind its breaker."""
 
+    @property
+    def under_way(self) -> int:
+        """How many calls have no answer yet."""
+        ...
+
     async def rerank(self, query: str, texts: Sequence[str], deadline: Deadline) -> Reranked:
         """Score *texts*, the likeliest first. Raises DependencyUnavailable or DeadlineExceeded."""
         ...
