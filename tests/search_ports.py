@@ -90,6 +90,7 @@ class MemoryRetriever:
     def __init__(self) -> None:
         self.candidates = [found("a", 0.9, 1.0), found("b", 0.8, 4.0), found("c", 0.7), found("d", 0.1, 2.0)]
         self.gone: set[str] = set()
+        self.hanging: list[set[int]] = []  # Shards that cannot be read, by the calls of `fetch` from now on.
         self.answer = Retrieved((), 2, 2, 0, {}, 0, SEQ, {"dense": 1.0})
         self.queries: list[RetrievalQuery] = []
         self.fetched: list[list[str]] = []
@@ -110,6 +111,7 @@ class MemoryRetriever:
         self, collection: Collection, candidates: Sequence[Candidate], deadline: Deadline, *, vectors: bool = False
     ) -> Fetched:
         self.fetched.append([one.id for one in candidates])
+        failed = self.hanging.pop(0) if self.hanging else set()
 
         def vector(id_: str) -> Vector | None:
             return np.array(self.vectors.get(id_, [0.6, 0.8]), dtype=np.float32) if vectors else None
@@ -120,8 +122,9 @@ class MemoryRetriever:
                     one.id, f"text of {one.id}", f"title {one.id}", self.metadata.get(one.id, {"n": 1}), vector(one.id)
                 )
                 for one in candidates
-                if one.id not in self.gone
-            }
+                if one.id not in self.gone and one.shard not in failed
+            },
+            frozenset(failed),
         )
 
     async def wait_applied(self, collection: Collection, seq: int, deadline: Deadline) -> bool:

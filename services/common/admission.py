@@ -40,10 +40,15 @@ LEAST_RETRY_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """That work was let in: how long it waited, and the pressure (0 none, 1 others are turned away) at that moment."""
+    """
+    That work was let in: how long it waited, and the pressure (0 none, 1 others are turned away) at that moment.
+
+    *charge* is to be called when the part begins that its first cost left out.
+    """
 
     waited_s: float
     pressure: float
+    charge: Callable[[], None] = lambda: None
 
 
 class Admission:
@@ -100,16 +105,19 @@ class Admission:
         wait_s = self._adaptive.expected_wait_s(sum(self._waiting_cost.values()))
         return min(1.0, max(0.0, (wait_s - PRESSURE_FROM_S) / (PRESSURE_FULL_S - PRESSURE_FROM_S)))
 
-    def enter(self, cost: float, priority: Priority, deadline: Deadline) -> "_Entry":
+    def enter(self, cost: float, priority: Priority, deadline: Deadline, *, first: float | None = None) -> "_Entry":
         """
         Return the context in which the work runs, an async context manager of `Admitted`; leaving it, or being
         cancelled, gives the place back.
+
+        Of its *cost* only *first* counts (None: all of it) until `charge`: a part that comes last, and takes most, keeps
+        nobody out while the work waits for something else before that.
 
         Entering raises:
             Overloaded: The queue is full of what is as urgent, or the wait would outlast the deadline.
             DeadlineExceeded: It had passed already.
         """
-        return _Entry(self, cost, priority, deadline)
+        return _Entry(self, cost, cost if first is None else min(first, cost), priority, deadline)
 
     def visit(self, priority: Priority) -> Callable[[], None]:
         """
@@ -133,9 +141,9 @@ class Admission:
         if remaining_s <= 0:
             raise DeadlineExceeded(f"The time allowed for this request ran out before {self.name} could begin")
         self._doorway.note_time_allowed(remaining_s)
-        if self._has_room(entry.cost) and not any(self._queues[other] for other in _as_urgent(entry.priority)):
+        if self._has_room(entry.charged) and not any(self._queues[other] for other in _as_urgent(entry.priority)):
             self._let_in(entry, now)
-            return Admitted(0.0, self.pressure)
+            return Admitted(0.0, self.pressure, lambda: self._charge(entry))
         patience_s = self._patience_s(entry, remaining_s)
         if patience_s <= 0 or not self._make_place(entry.priority):
             raise self._turn_away(entry.priority)
@@ -154,19 +162,19 @@ class Admission:
             raise
         finally:
             timer.cancel()
-        return Admitted(self._clock() - now, self.pressure)
+        return Admitted(self._clock() - now, self.pressure, lambda: self._charge(entry))
 
     def leave(self, entry: "_Entry", *, done: bool) -> None:
         """Give the place of *entry* back; what is not *done* failed, or nobody waits for it any more."""
         assert entry.began is not None, "it was let in"
         seconds = self._clock() - entry.began
         if done:
-            self._adaptive.ended(entry.cost, seconds)
+            self._adaptive.ended(entry.charged, seconds)
         else:
-            self._adaptive.failed(entry.cost, seconds)
+            self._adaptive.failed(entry.charged, seconds)
         entry.began = None
         self._inside -= 1
-        self._in_flight = self._in_flight - entry.cost if self._inside else 0.0
+        self._in_flight = self._in_flight - entry.charged if self._inside else 0.0
         self._next()
 
     def _has_room(self, cost: float) -> bool:
@@ -175,14 +183,19 @@ class Admission:
     def _let_in(self, entry: "_Entry", now: float) -> None:
         entry.began = now
         self._inside += 1
-        self._in_flight += entry.cost
+        self._in_flight += entry.charged
+
+    def _charge(self, entry: "_Entry") -> None:
+        if entry.began is not None:
+            self._in_flight += entry.cost - entry.charged
+            entry.charged = entry.cost
 
     def _next(self) -> None:
         """Let in those whose turn it is."""
         for queue in self._queues.values():
             while queue:
                 entry = next(iter(queue))
-                if not self._has_room(entry.cost):
+                if not self._has_room(entry.charged):
                     return
                 self._remove(entry)
                 assert entry.turn is not None, "it waits"
@@ -266,13 +279,14 @@ class Admission:
 
 
 class _Entry:
-    """One piece of work: waiting, under way, or done with."""
+    """One piece of work: waiting, under way, or done with; *charged* is what counts of its cost so far."""
 
-    __slots__ = ("_admission", "began", "cost", "deadline", "priority", "turn")
+    __slots__ = ("_admission", "began", "charged", "cost", "deadline", "priority", "turn")
 
-    def __init__(self, admission: Admission, cost: float, priority: Priority, deadline: Deadline) -> None:
+    def __init__(self, admission: Admission, cost: float, first: float, priority: Priority, deadline: Deadline) -> None:
         self._admission = admission
         self.cost = cost
+        self.charged = first
         self.priority: Priority = priority
         self.deadline = deadline
         self.began: float | None = None

@@ -62,10 +62,17 @@ class Reader:
             for candidate in missing:
                 if candidate.id not in found:
                     self.lost.add(candidate.shard)
+                    if candidate.shard in fetched.failed:
+                        continue
                 self._known[candidate.id] = found.get(candidate.id, self._known.get(candidate.id))
                 if vectors:
                     self._with_vector.add(candidate.id)
         return {c.id: document for c in candidates if (document := self._known.get(c.id)) is not None}
+
+    def forgive(self) -> None:
+        """Let the shards that could not be asked be asked once more."""
+        self.lost -= self.failed
+        self.failed.clear()
 
 
 async def choose(run: Run, ranked: Sequence[Ranked], reader: Reader) -> list[Ranked]:
@@ -125,6 +132,9 @@ async def write_hits(
     """Return the hits of *page* with what the request includes; documents that are gone are left out."""
     include = run.request.include
     documents = await reader.read(page, "fetch_hits", vectors="vector" in include)
+    if page and not documents and reader.failed:
+        reader.forgive()  # There is nothing else to show, and perhaps it was only that too little time was given.
+        documents = await reader.read(page, "fetch_hits", vectors="vector" in include)
     there = [(entry, documents[entry.candidate.id]) for entry in page if entry.candidate.id in documents]
     highlights: Mapping[str, list[HighlightReply]] = {}
     if "highlights" in include:

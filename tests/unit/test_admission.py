@@ -331,6 +331,31 @@ def test_a_turn_is_not_given_to_one_just_cancelled() -> None:
     run_virtually(main)
 
 
+def test_what_comes_last_counts_when_it_begins() -> None:
+    """Work is let in by its first part's cost; once the rest is charged it may be over the limit, and others wait for its end."""
+
+    async def main(loop: VirtualLoop) -> None:
+        admission = admission_of(loop, floor=10.0, ceiling=10.0)
+
+        async def one(begins_s: float) -> float:
+            async with admission.enter(8.0, "normal", NO_DEADLINE, first=2.0) as admitted:
+                await asyncio.sleep(begins_s)
+                admitted.charge()
+                await asyncio.sleep(1.0)
+                return admitted.waited_s
+
+        tasks = [asyncio.create_task(one(begins_s)) for begins_s in (0.5, 0.5, 3.0)]
+        await asyncio.sleep(0.25)
+        assert admission.in_flight == 6.0
+        await asyncio.sleep(0.5)
+        assert admission.in_flight == 18.0
+        assert await hold(admission, 1.0) == pytest.approx(0.75)
+        assert [await task for task in tasks] == [0.0, 0.0, 0.0]
+        assert (admission.waiting, admission.in_flight) == (0, 0.0)
+
+    run_virtually(main)
+
+
 def test_work_that_costs_more_than_the_limit_runs_alone() -> None:
     """It waits until nothing is under way, and then is let in whatever it costs."""
 

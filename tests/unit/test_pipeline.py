@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.common.errors import Conflict, InvalidInput, NotFound
+from services.common.errors import Conflict, DependencyUnavailable, InvalidInput, NotFound
 from services.search.ports import LexicalStatistics
 from tests.search_ports import MODEL, SEQ, Stack, ids, make_stack
 
@@ -105,6 +105,25 @@ async def test_only_the_first_candidates_are_reranked(stack):
     assert ids(reply) == ["b", "a", "c", "d"]
     assert [hit.stages.rerank for hit in reply.hits] == [0.2, 0.1, None, None]
     assert reply.degraded == []
+
+
+async def test_a_shard_that_cannot_be_read_is_waited_for_once(stack):
+    """What it has is left out of the hits, flagged, and not asked for again after reranking."""
+    stack.retriever.candidates = [replace(one, shard=int(one.id in "bd")) for one in stack.retriever.candidates]
+    stack.retriever.hanging = [{1}, {1}]
+    reply = await stack.search()
+    assert (sorted(ids(reply)), reply.degraded) == (["a", "c"], ["shards_partial"])
+    assert [sorted(asked) for asked in stack.retriever.fetched] == [["a", "b", "c", "d"]]
+
+
+async def test_where_nothing_could_be_read_all_is_asked_for_again(stack):
+    """Once: what is there then makes the answer, and what is not is an error."""
+    stack.retriever.hanging = [{0}]
+    reply = await stack.search()
+    assert (sorted(ids(reply)), reply.degraded) == (["a", "b", "c", "d"], [])
+    stack.retriever.hanging = [{0}, {0}]
+    with pytest.raises(DependencyUnavailable):
+        await stack.search(query="another")
 
 
 async def test_a_document_that_is_gone_is_left_out(stack):

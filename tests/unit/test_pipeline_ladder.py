@@ -21,7 +21,7 @@ class FullHouse:
 
     in_flight, limit = 3.0, 4.0
 
-    def enter(self, cost: float, priority: str, deadline: object) -> "FullHouse":
+    def enter(self, cost: float, priority: str, deadline: object, *, first: float) -> "FullHouse":
         return self
 
     async def __aenter__(self) -> Admitted:
