@@ -24,11 +24,14 @@ LEAST_FINISH_S: Final = 0.01
 PRIORS_S: Final[dict[Stage, float]] = {"embed": 0.02, "retrieve": 0.02, "hits": 0.003}
 PRIOR_PAIR_S: Final = 0.004
 # Of the time left, at least: without shards there is no answer, whatever is left after them; a vector can be done without.
-LEAST_SHARE: Final = {"retrieve": 0.5, "hits": 1.0}
+LEAST_SHARE: Final = 0.5
+# A shard that hangs takes all that retrieval is given: besides what is usual, so much is left to those that answered.
+AFTER_SHARE: Final = 0.15
+AFTER_MOST_S: Final = 0.15
 # A vector has ten times its usual time, and time for a hitch, if that is no more than a quarter of what is left: while a
 # shard hangs retrieval takes long, and a share in proportion would be short.
 EASY_TIMES: Final = 10.0
-EASY_S: Final = 0.15
+EASY_S: Final = 0.25
 EASY_SHARE: Final = 0.25
 MOST_FOR_A_VECTOR: Final = 0.5  # … and at most: an embedding service that hangs must not take the reranker's time too.
 _AFTER: Final[dict[Stage, tuple[Stage, ...]]] = {"embed": ("retrieve", "hits"), "retrieve": ("hits",), "hits": ()}
@@ -107,8 +110,11 @@ class Budget:
         after_s = sum([self._usual[later].measured_s for later in _AFTER[stage]])
         pairs_s = self._rerank_s(FEW_PAIRS) if rerank and stage != "hits" else 0.0
         fair_s = remaining_s * own_s / (own_s + after_s + pairs_s)
-        if stage != "embed":
-            return max(min(fair_s, remaining_s - after_s), LEAST_SHARE[stage] * remaining_s, 0.0)
+        if stage == "hits":
+            return max(0.0, remaining_s)
+        if stage == "retrieve":
+            after_s += min(AFTER_SHARE * remaining_s, AFTER_MOST_S)
+            return max(min(fair_s, remaining_s - after_s), LEAST_SHARE * remaining_s, 0.0)
         fair_s = max(fair_s, min(max(EASY_S, EASY_TIMES * own_s), EASY_SHARE * remaining_s))
         allowed_s = min(fair_s, remaining_s - after_s, MOST_FOR_A_VECTOR * remaining_s, self._waited_for_s(own_s))
         return max(0.0, allowed_s)
