@@ -25,7 +25,7 @@ from services.embedding.specs import ModelSpec, parse_specs
 
 Load = Callable[[ModelSpec, EmbeddingSettings], Sequence[Backend]]
 
-VECTORS_TIMEOUT_S = 0.25  # One read is the vectors of a batch, up to megabytes.
+VECTORS_TIMEOUT_S = 0.1  # One read is the vectors of a batch, up to megabytes.
 
 
 @asynccontextmanager
