@@ -3,7 +3,7 @@ A graph as OpenVINO runs it, in two forms: all threads on one batch, or a batch'
 
 Threads that share one matrix product wait for each other after it, some sixty times a pass. On small matrices, and on
 cores that others use too, most of the time goes into that; a part that one thread computes from end to end waits for
-nobody. A single text cannot be cut: whether it gains from all threads is measured.
+nobody. A single text cannot be cut: whether it gains from all threads is measured, and whether others need the cores.
 """
 
 import time
@@ -19,7 +19,10 @@ MOST_STREAMS: Final = 16
 LENGTHS_TOKENS: Final = (8, 16, 32, 64, 128, 256)
 REPEATS: Final = 3  # The best counts, as any may be disturbed; one more comes before them, for the shape.
 MEASURE_S: Final = 0.5
-GAIN: Final = 1.25  # All cores, which others may need too, are given to a single text where it is so much quicker.
+GAIN: Final = 1.25  # All cores, which others may need too, are given to a single text where it is so much quicker …
+CROWDED: Final = 1.5  # … but not while it takes so many times what was measured: then they do need them.
+SMOOTH: Final = 0.1
+MOST_SLOWNESS: Final = 4.0
 
 
 class CompiledGraph:
@@ -34,7 +37,12 @@ class CompiledGraph:
         self.streams = min(threads, MOST_STREAMS) if divide else 1
         self._together = _compile(core, model, settings, threads, 1)
         self._side_by_side: Any = _compile(core, model, settings, threads, self.streams) if self.streams > 1 else None
-        self._alone_below_tokens = 0  # A single text of fewer tokens is one stream's work.
+        self._lengths: list[int] = []
+        self._whole_s: list[
+            float
+        ] = []  # How long one text of each of these lengths takes all threads, alone with them …
+        self._part_s: list[float] = []  # … and one of them.
+        self._slowness = 1.0  # How much longer single texts take now: others need the cores.
         self.forget_requests()
 
     @property
@@ -45,24 +53,22 @@ class CompiledGraph:
     def forget_requests(self) -> None:
         """Begin anew, in another thread: a request belongs to the thread that made it."""
         self._whole = self._together.create_infer_request()
-        self._parts = (
-            [self._side_by_side.create_infer_request() for _ in range(self.streams)] if self.streams > 1 else []
-        )
+        form = self._side_by_side
+        self._parts = [] if form is None else [form.create_infer_request() for _ in range(self.streams)]
 
     def measure(self, most_tokens: int) -> None:
-        """Find out from which length on, up to *most_tokens*, a single text gains from all threads: half a second at most."""
+        """Find out how long single texts up to *most_tokens* take one thread and all: about half a second, or one length."""
         if not self._parts:
             return
         until = time.monotonic() + MEASURE_S
-        self._alone_below_tokens = LENGTHS_TOKENS[0]
-        for tokens in LENGTHS_TOKENS:
-            if tokens > most_tokens or time.monotonic() > until:
-                return
+        for tokens in [length for length in LENGTHS_TOKENS if length <= most_tokens] or [most_tokens]:
             one = np.ones((1, tokens), dtype=np.int64)
             inputs = {"input_ids": one, "attention_mask": one}
-            if _best_s(self._parts[0], inputs) > GAIN * _best_s(self._whole, inputs):
+            self._lengths.append(tokens)
+            self._whole_s.append(_best_s(self._whole, inputs))
+            self._part_s.append(_best_s(self._parts[0], inputs))
+            if time.monotonic() > until:
                 return
-            self._alone_below_tokens = tokens + 1
 
     def run(self, parts: Sequence[Inputs]) -> list[NDArray[np.float32]]:
         """
@@ -70,9 +76,21 @@ class CompiledGraph:
 
         Inputs are copied into the runtime: sharing them with it corrupts its memory when shapes change.
         """
-        alone = len(parts) == 1 and len(parts[0]["input_ids"]) == 1
-        if len(parts) == 1 and not (alone and parts[0]["input_ids"].shape[1] < self._alone_below_tokens):
-            return [np.array(self._whole.infer(parts[0], share_inputs=False)[0], dtype=np.float32)]
+        if len(parts) > 1:
+            return self._run_side_by_side(parts)
+        rows, tokens = parts[0]["input_ids"].shape
+        if rows > 1 or not self._lengths:
+            return [_output(self._whole, parts[0])]
+        whole_s = float(np.interp(tokens, self._lengths, self._whole_s))
+        part_s = float(np.interp(tokens, self._lengths, self._part_s))
+        together = part_s > GAIN * whole_s and self._slowness < CROWDED
+        started = time.monotonic()
+        output = _output(self._whole if together else self._parts[0], parts[0])
+        slowness = (time.monotonic() - started) / (whole_s if together else part_s)
+        self._slowness += SMOOTH * (min(slowness, MOST_SLOWNESS) - self._slowness)
+        return [output]
+
+    def _run_side_by_side(self, parts: Sequence[Inputs]) -> list[NDArray[np.float32]]:
         requests = self._parts[: len(parts)]
         failure: Exception | None = None
         started = []
@@ -94,6 +112,10 @@ class CompiledGraph:
 
 def _compile(core: Any, model: Any, settings: dict[str, Any], threads: int, streams: int) -> Any:
     return core.compile_model(model, "CPU", {**settings, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams})
+
+
+def _output(request: Any, inputs: Inputs) -> NDArray[np.float32]:
+    return np.array(request.infer(inputs, share_inputs=False)[0], dtype=np.float32)
 
 
 def _best_s(request: Any, inputs: Inputs) -> float:
