@@ -23,6 +23,7 @@ DIM = 24
 IDS = 1500
 WRITERS = 2
 CATCH_UP_PATIENCE_S = 60.0
+TOGETHER = 100
 
 # So small that a second of writing seals, merges and writes snapshots many times.
 SMALL = {
@@ -106,19 +107,22 @@ def snapshots_until(stop, service, random_):
             service.call("POST", "/collections/c/snapshot")
 
 
-def caught_up(service, search):
-    """Return the answer to *search*, asked again for as long as it says that shards are catching up."""
+def caught_up(service, searches):
+    """Return the answers to *searches*, asked again for as long as one says that shards are catching up."""
     give_up_at = time.monotonic() + CATCH_UP_PATIENCE_S
     while True:
-        answer = service.ask("POST", "/search", search)
-        if "catching_up" not in answer["degraded"] or time.monotonic() > give_up_at:
-            return answer
+        results = service.ask("POST", "/search/batch", {"searches": searches})["results"]
+        answers = [result.get("answer") or result["error"] for result in results]
+        behind = any("catching_up" in answer.get("degraded", ()) for answer in answers)
+        if not behind or time.monotonic() > give_up_at:
+            return answers
 
 
 def check(service, model, random_):
     """Every acknowledged document is found by id, by its word and by its vector; what is gone is not."""
     settled = list(model.versions)
     sample = sorted(model.touched) + random_.sample(settled, min(40, len(settled)))
+    expected, searches = [], []
     for id_ in sample:
         status, document = service.call("GET", f"/collections/c/documents/{id_}")
         found = int(document["text"].split()[0][1:-1].split("x")[1]) if status == 200 else None
@@ -132,10 +136,12 @@ def check(service, model, random_):
             {"query": word_of(id_, found), "mode": "lexical"},
             {"query_vector": vector_of(id_, found), "mode": "dense"},
         ):
-            answer = caught_up(
-                service, {"collection": "c", "k": 1, "rerank": False, "min_seq": seq, "cache": False, **question}
-            )
-            assert [hit["id"] for hit in answer["hits"]] == [str(id_)], (id_, found, question, answer)
+            expected.append([str(id_)])
+            searches.append({"collection": "c", "k": 1, "rerank": False, "min_seq": seq, "cache": False, **question})
+    for start in range(0, len(searches), TOGETHER):
+        answers = caught_up(service, searches[start : start + TOGETHER])
+        for answer, ids, search in zip(answers, expected[start:], searches[start:], strict=False):
+            assert [hit["id"] for hit in answer.get("hits", ())] == ids, (search, answer)
             assert "shards_partial" not in answer["degraded"], answer
     model.touched.clear()
     audits = service.ask("POST", "/collections/c/audit")
