@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
@@ -227,7 +228,7 @@ def _open_governor(service: Service) -> Governor:
 
 
 def make_breaker(name: str, settings: ServiceSettings, metrics: Metrics, *, in_a_row: int | None = None) -> Breaker:
-    """Return a breaker for the dependency *name*, set as *settings* say, its state in the metrics."""
+    """Return a breaker for the dependency *name*, set as *settings* say, its state in the metrics for as long as it is used."""
     breaker = metrics.breakers[name] = Breaker(
         name,
         window_s=settings.breaker_window_s,
@@ -237,7 +238,14 @@ def make_breaker(name: str, settings: ServiceSettings, metrics: Metrics, *, in_a
         in_a_row=in_a_row,
         on_state=metrics.breaker_state.labels(name).set,
     )
+    weakref.finalize(breaker, _forget_breaker, metrics, name).atexit = False
     return breaker
+
+
+def _forget_breaker(metrics: Metrics, name: str) -> None:
+    if metrics.breakers.get(name) is None:  # Otherwise another one for the same dependency has been made meanwhile.
+        with suppress(KeyError):
+            metrics.breaker_state.remove(name)
 
 
 def make_store(

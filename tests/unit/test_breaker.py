@@ -1,12 +1,16 @@
 """The circuit breaker, on a clock that the test moves."""
 
 import asyncio
+import gc
 from collections.abc import Callable
 
 import pytest
 
+from services.common.app import make_breaker
 from services.common.breaker import STATES, Breaker, BreakerStatus, NotAFailure, Unproven
 from services.common.errors import DependencyUnavailable
+from services.common.metrics import Metrics
+from services.search.settings import SearchSettings
 
 
 class Clock:
@@ -331,3 +335,22 @@ async def test_others_can_wait_until_the_probe_is_over(make, clock):
     await asyncio.wait_for(waiting, 5)
     await probing
     assert (breaker.is_probing, breaker.state) == (False, "closed")
+
+
+def test_the_state_is_in_the_metrics_while_the_breaker_is_used() -> None:
+    """One that is gone, as its address is, has no state; one made for the same name meanwhile keeps its own."""
+    metrics, settings = Metrics("test"), SearchSettings()
+
+    def states() -> dict[str, float]:
+        (family,) = metrics.breaker_state.collect()
+        return {sample.labels["dependency"]: sample.value for sample in family.samples}
+
+    first, other = make_breaker("node", settings, metrics), make_breaker("redis", settings, metrics)
+    again = make_breaker("node", settings, metrics)
+    del first
+    gc.collect()
+    assert states() == {"node": 0, "redis": 0}
+    del again
+    gc.collect()
+    assert states() == {"redis": 0}
+    assert metrics.breakers == {"redis": other}
