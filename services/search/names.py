@@ -16,14 +16,14 @@ class KnownNames:
     A name or an alias to its collection.
 
     Where another process may write to the ledger, a name is read again after FRESH_S. While that takes longer than
-    WAIT_S, or fails, what was known is the answer.
+    WAIT_S, for which it is waited for, or fails, what was known is the answer.
     """
 
     def __init__(self, ledger: Ledger, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._ledger = ledger
         self._clock = clock
         self._known: dict[str, tuple[Collection, float]] = {}
-        self._reading: dict[str, asyncio.Task[Collection | None]] = {}
+        self._reading: dict[str, tuple[asyncio.Task[Collection | None], float]] = {}  # with when it began
         self._changes = 0
 
     async def find(self, name: str) -> Collection | None:
@@ -31,13 +31,16 @@ class KnownNames:
         known = self._known.get(name)
         if known is not None and (self._ledger.exclusive or self._clock() - known[1] < FRESH_S):
             return known[0]
-        reading = self._reading.get(name)
-        if reading is None:
-            reading = self._reading[name] = asyncio.create_task(self._read(name))
-            reading.add_done_callback(lambda done: self._read_done(name, done))
+        under_way = self._reading.get(name)
+        if under_way is None:
+            under_way = self._reading[name] = asyncio.create_task(self._read(name)), self._clock()
+            under_way[0].add_done_callback(lambda done: self._read_done(name, done))
+        reading, began = under_way
         if known is None:
             return await asyncio.shield(reading)
-        await asyncio.wait({reading}, timeout=WAIT_S)
+        patience_s = began + WAIT_S - self._clock()
+        if patience_s > 0:
+            await asyncio.wait({reading}, timeout=patience_s)
         if not reading.done():
             return known[0]
         try:
@@ -68,7 +71,7 @@ class KnownNames:
         return found
 
     def _read_done(self, name: str, reading: asyncio.Task[Collection | None]) -> None:
-        if self._reading.get(name) is reading:
+        if name in self._reading and self._reading[name][0] is reading:
             del self._reading[name]
         if not reading.cancelled():
             reading.exception()  # Whoever waits sees it; nobody may.
