@@ -1,7 +1,7 @@
 """Highlights: the passage that has most of the question's words, and where they are in it."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.search.shards.lexical import TantivyHighlighter, analyze
@@ -73,6 +73,7 @@ def test_pairs_of_characters_are_marked_together():
     st.integers(1, 60),
 )
 @settings(max_examples=300, deadline=None)
+@example("aa東京aaaaaaaaaaaaaaa。", "東京", 19)
 def test_passages_keep_to_their_length_and_marks_to_the_terms(text, question, max_chars):
     """A passage is a piece of the text, not too long, and each mark in it has some term of the question."""
     found = highlight(text, question, max_chars=max_chars)

@@ -88,7 +88,9 @@ def _beginning(text: str, earliest: int, start: int, spare: int) -> int:
 def _ending(text: str, end: int, latest: int, spare: int) -> int:
     if latest == len(text):
         return latest
-    sentences = [match.start() for match in _SENTENCE_START.finditer(text, end, latest + 1)]
+    # One further on, since what parts two sentences may begin there; a full-width stop parts them behind it.
+    places = (match.start() for match in _SENTENCE_START.finditer(text, end, latest + 1))
+    sentences = [place for place in places if place <= latest]
     if sentences and latest - sentences[-1] <= spare * _SENTENCE_SHARE:
         return sentences[-1]
     if text[latest].isspace():
