@@ -156,7 +156,6 @@ class GraphEncoder:
         self.precision = precision
         self.reason = ""
         self.measured: Mapping[str, Mapping[str, float]] = {}
-        self.weights_bytes = description.weights_bytes // (4 if precision == "int8" else 1)
         self._openvino = load_openvino()
         self._core = self._openvino.Core()
         self._settings: dict[str, Any] = {
@@ -166,6 +165,8 @@ class GraphEncoder:
         }
         self._threads = threads or usable_cores()
         self._divide = description.weights_bytes <= DIVIDED_BYTES
+        copies = 2 if self._divide and self._threads > 1 else 1  # See CompiledGraph: each form has its own.
+        self.weights_bytes = copies * description.weights_bytes // (4 if precision == "int8" else 1)
         self._graph = graph.clone() if precision == "int8" else graph
         if precision == "int8":
             compress_weights(self._graph)
