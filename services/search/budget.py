@@ -34,7 +34,7 @@ EASY_TIMES: Final = 10.0
 EASY_S: Final = 0.25
 EASY_SHARE: Final = 0.25
 MOST_FOR_A_VECTOR: Final = 0.5  # … and at most: an embedding service that hangs must not take the reranker's time too.
-_AFTER: Final[dict[Stage, tuple[Stage, ...]]] = {"embed": ("retrieve", "hits"), "retrieve": ("hits",), "hits": ()}
+_AFTER: Final[dict[Stage, tuple[Stage, ...]]] = {"embed": ("retrieve", "hits"), "retrieve": ("hits",)}
 
 
 class Usual:
@@ -100,7 +100,7 @@ class Budget:
         """Take note of a call for *pairs* that scored none in the time it was given."""
         self._pair.note_late(given_s / (CALL_PAIRS + pairs))
 
-    def allowed_s(self, stage: Stage, remaining_s: float, *, rerank: bool) -> float:
+    def allowed_s(self, stage: Literal["embed", "retrieve"], remaining_s: float, *, rerank: bool) -> float:
         """
         Return how long *stage* may take of the *remaining_s*, *rerank* saying whether reranking comes after it.
 
@@ -108,10 +108,8 @@ class Budget:
         """
         own_s = self._usual[stage].seconds
         after_s = sum([self._usual[later].measured_s for later in _AFTER[stage]])
-        pairs_s = self._rerank_s(FEW_PAIRS) if rerank and stage != "hits" else 0.0
+        pairs_s = self._rerank_s(FEW_PAIRS) if rerank else 0.0
         fair_s = remaining_s * own_s / (own_s + after_s + pairs_s)
-        if stage == "hits":
-            return max(0.0, remaining_s)
         if stage == "retrieve":
             after_s += min(AFTER_SHARE * remaining_s, AFTER_MOST_S)
             return max(min(fair_s, remaining_s - after_s), LEAST_SHARE * remaining_s, 0.0)

@@ -12,19 +12,18 @@ LEAST_SHARE: Final = 0.2
 LEAST_CANDIDATES: Final = 5
 
 
-def estimated_cost(request: SearchRequest, *, candidates: int, rerank_candidates: int) -> float:
-    """Return what *request* costs in units of a lexical search, with so many *candidates* to retrieve and to rerank."""
-    reranked = rerank_candidates if request.rerank and request.query is not None else 0
-    return retrieval_cost(request, candidates=candidates) + RERANKED * reranked
-
-
 def retrieval_cost(request: SearchRequest, *, candidates: int) -> float:
-    """Return what *request* costs up to reranking."""
+    """Return what *request* costs up to reranking, in units of a lexical search, with so many *candidates* to retrieve."""
     depth = max(0, candidates - DEEP) / DEEP
     vectors = 0.0
     if request.mode != "lexical":
         vectors = EXACT if request.exact else VECTORS
     return 1.0 + 0.5 * depth + vectors
+
+
+def reranking_cost(request: SearchRequest, *, candidates: int) -> float:
+    """Return what reranking so many *candidates* adds to that; 0 where *request* is not reranked."""
+    return RERANKED * candidates if request.rerank and request.query is not None else 0.0
 
 
 def reduced(candidates: int, pressure: float) -> int:

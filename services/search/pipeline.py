@@ -23,7 +23,7 @@ from services.search.answering import Reader, choose, compose, write_hits
 from services.search.budget import Budget
 from services.search.catalog import OWN_VECTORS, Catalog
 from services.search.documents import own_vector
-from services.search.effort import estimated_cost, retrieval_cost
+from services.search.effort import reranking_cost, retrieval_cost
 from services.search.filters import parse_filter
 from services.search.kept_answers import KeptAnswers, Look
 from services.search.kinds import kind_of
@@ -143,14 +143,9 @@ class SearchPipeline:
         """Return the reply that the stages make now, once there is room for it. Raises as `answer` does."""
         await self._wait_for(run)
         request, options = run.request, self._options
-        candidates = request.candidates or options.candidates
-        cost = estimated_cost(
-            request,
-            candidates=candidates,
-            rerank_candidates=request.rerank_candidates or options.rerank_candidates,
-        )
-        first = retrieval_cost(request, candidates=candidates)
-        async with self._admission.enter(cost, priority, run.deadline, first=first) as admitted:
+        first = retrieval_cost(request, candidates=request.candidates or options.candidates)
+        last = reranking_cost(request, candidates=request.rerank_candidates or options.rerank_candidates)
+        async with self._admission.enter(first + last, priority, run.deadline, first=first) as admitted:
             if request.explain:
                 run.admission = self._admission_now(admitted)
             return await self._run(run, condition, vector, admitted)

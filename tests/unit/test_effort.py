@@ -3,12 +3,12 @@
 import pytest
 
 from services.common.wire.search import SearchRequest
-from services.search.effort import estimated_cost, reduced
+from services.search.effort import reduced, reranking_cost, retrieval_cost
 
 
 def cost(rerank_candidates: int = 30, candidates: int = 100, **fields: object) -> float:
     request = SearchRequest.model_validate({"query": "tides", **fields})
-    return estimated_cost(request, candidates=candidates, rerank_candidates=rerank_candidates)
+    return retrieval_cost(request, candidates=candidates) + reranking_cost(request, candidates=rerank_candidates)
 
 
 def test_a_lexical_search_is_the_unit() -> None:
@@ -27,7 +27,8 @@ def test_what_is_more_work_costs_more() -> None:
 def test_a_search_without_words_is_not_reranked() -> None:
     """So reranking costs it nothing."""
     request = SearchRequest(query_vector=[1.0, 0.0], mode="dense")
-    assert estimated_cost(request, candidates=100, rerank_candidates=30) < 2.0
+    assert reranking_cost(request, candidates=30) == 0.0
+    assert retrieval_cost(request, candidates=100) < 2.0
 
 
 @pytest.mark.parametrize(
