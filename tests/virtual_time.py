@@ -8,6 +8,16 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class VirtualLoop(asyncio.SelectorEventLoop):
     """Its clock stands still while anything is ready, and then jumps to the next timer; `spend` is work on the loop itself."""
 

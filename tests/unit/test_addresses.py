@@ -8,6 +8,7 @@ import pytest
 from services.common import addresses
 from services.common.addresses import Addresses
 from services.common.errors import DependencyUnavailable
+from tests.virtual_time import Clock
 
 
 class Names:
@@ -22,15 +23,6 @@ class Names:
         if host not in self.known:
             raise OSError("no such name")
         return self.known[host]
-
-
-class Clock:
-    """A clock that stands still until it is moved."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -11,16 +11,7 @@ from services.common.breaker import STATES, Breaker, BreakerStatus, NotAFailure,
 from services.common.errors import DependencyUnavailable
 from services.common.metrics import Metrics
 from services.search.settings import SearchSettings
-
-
-class Clock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.virtual_time import Clock
 
 
 @pytest.fixture

@@ -12,18 +12,9 @@ from services.common.errors import RateLimited
 from services.common.governor import KEY_PREFIX, Governor, Limits
 from services.common.key_value import KeyValueStore
 from tests.redis_server import PATIENCE_S, RedisServer
+from tests.virtual_time import Clock
 
 SLOW = 0.001  # So few a second that no test is long enough to see one come back.
-
-
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

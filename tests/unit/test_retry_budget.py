@@ -1,16 +1,7 @@
 """The retry budget, on a clock that the test moves."""
 
 from services.common.retry_budget import RetryBudget
-
-
-class Clock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.virtual_time import Clock
 
 
 def taken(budget: RetryBudget, tries: int) -> int:

@@ -12,18 +12,9 @@ from services.search.shards.replicas import OneHost, Replica
 from services.search.shards.router import ShardRouter
 from services.search.shards.term_statistics import MOST_AGE_S
 from tests.shard_hosts import BOOKS, FakeHost, soon
+from tests.virtual_time import Clock
 
 ASKED = RetrievalQuery(1000, text="red fox")
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
