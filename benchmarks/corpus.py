@@ -24,6 +24,7 @@ import orjson
 import ormsgpack
 from numpy.typing import NDArray
 
+from benchmarks.load import LoadFailed
 from benchmarks.machine import ROOT
 from benchmarks.servers import Running, ServerFailed, model_directory, running, tercet
 from benchmarks.texts import MARKERS, model_token_counter
@@ -36,6 +37,7 @@ _SENTENCE_ENDS = re.compile(r"(?<=[.!?:])\s+(?=[A-Z`*(])|\n\s*\n")
 _FEWEST_WORDS = 4
 _LEAST_TOKENS = 5  # What is left of a document is filled while it is more than this.
 _QUESTION_WORDS = (5, 6, 7, 8)
+_REPEATS_AT_THE_END = 10_000
 _TEXTS_PER_REQUEST = 64
 _REQUESTS_AT_ONCE = 3
 _PATIENCE_S = 600.0
@@ -60,23 +62,33 @@ class Corpus:
 class Questions:
     """Distinct questions of 5 to 8 words, each a run of words of one sentence, the same ones in the same order each time."""
 
-    def __init__(self) -> None:
-        words = [sentence.split() for group in _sentences() for sentence in group]
+    def __init__(self, sentences: Sequence[str] | None = None) -> None:
+        words = [sentence.split() for sentence in sentences or (one for group in _sentences() for one in group)]
         self._sentences = [sentence for sentence in words if len(sentence) >= _QUESTION_WORDS[-1]]
         self._draw = random.Random(f"{_SEED}/questions")
         self._asked: set[str] = set()
 
     def take(self, count: int) -> list[str]:
-        """Return *count* questions that were not returned before; there are some 700,000 in all."""
+        """
+        Return *count* questions that were not returned before; there are some 700,000 in all.
+
+        Raises:
+            LoadFailed: So many are not left.
+        """
         taken: list[str] = []
+        repeats = 0
         while len(taken) < count:
             words = self._draw.choice(self._sentences)
             length = self._draw.choice(_QUESTION_WORDS)
             start = self._draw.randrange(len(words) - length + 1)
             question = " ".join(words[start : start + length])
+            repeats += 1
             if question not in self._asked:
                 self._asked.add(question)
                 taken.append(question)
+                repeats = 0
+            elif repeats == _REPEATS_AT_THE_END:
+                raise LoadFailed(f"After {len(self._asked):,} questions there are hardly any others")
         return taken
 
 

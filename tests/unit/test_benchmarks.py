@@ -56,6 +56,14 @@ def test_no_question_is_asked_twice():
     assert Questions().take(3000) == taken
 
 
+def test_questions_that_are_used_up_are_an_error():
+    """A sentence of eight words has ten runs of five to eight: an eleventh question is not waited for."""
+    questions = Questions(["one two three four five six seven eight"])
+    assert len(set(questions.take(10))) == 10
+    with pytest.raises(LoadFailed, match="10 questions"):
+        questions.take(1)
+
+
 def test_every_word_is_one_token():
     """A text's length in tokens is its words and two markers, whichever words were drawn."""
     count_tokens = model_token_counter(str(model_directory()))
