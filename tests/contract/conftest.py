@@ -1,4 +1,4 @@
-"""One embedding service in a process of its own, on a real socket, for the tests that run other people's clients."""
+"""Services in processes of their own, on real sockets, for the tests that run other people's clients."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -25,17 +26,17 @@ TEXTS = [
 
 
 @contextmanager
-def embedding_service(directory: Path, **settings: str) -> Iterator[str]:
-    """Run `python -m services.embedding` with EMBEDDING_* *settings*; yield its base URL once it is ready."""
-    port_file = directory / "port"
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("EMBEDDING_")}
+def model_service(name: str, directory: Path, **settings: str) -> Iterator[str]:
+    """Run `python -m services.NAME` with *settings*, less their prefix; yield its base URL once it is ready."""
+    port_file, prefix = directory / "port", f"{name.upper()}_"
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(prefix)}
     environ.pop("REDIS_URL", None)
-    environ |= {"EMBEDDING_LISTEN_PORT": "0", "EMBEDDING_PORT_FILE": str(port_file)}
-    environ |= {f"EMBEDDING_{name.upper()}": value for name, value in settings.items()}
+    environ |= {f"{prefix}LISTEN_PORT": "0", f"{prefix}PORT_FILE": str(port_file)}
+    environ |= {f"{prefix}{setting.upper()}": value for setting, value in settings.items()}
     log = directory / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.embedding"], env=environ, stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, "-m", f"services.{name}"], env=environ, stdout=output, stderr=subprocess.STDOUT
         )
     try:
         give_up_at = time.monotonic() + PATIENCE_S
@@ -49,18 +50,24 @@ def embedding_service(directory: Path, **settings: str) -> Iterator[str]:
         process.wait(timeout=PATIENCE_S)
 
 
+embedding_service = partial(model_service, "embedding")
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of a service with the packaged model, and `fake` beside it."""
-    # Clients that look for a proxy or a collector of traces find none: all traffic stays on this machine.
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        embedding_service(tmp_path_factory.mktemp("embedding"), model=f"{DEFAULT_MODEL},fake") as url,
-    ):
+def clients_stay_here() -> Iterator[None]:
+    """Clients that look for a proxy or a collector of traces find none: all traffic stays on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
             patch.delenv(name, raising=False)
-        for name in ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2"):
+        for name in ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "HAYSTACK_TELEMETRY_ENABLED"):
             patch.setenv(name, "false")
+        yield
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, clients_stay_here: None) -> Iterator[str]:
+    """The base URL of an embedding service with the packaged model, and `fake` beside it."""
+    with embedding_service(tmp_path_factory.mktemp("embedding"), model=f"{DEFAULT_MODEL},fake") as url:
         yield url
 
 

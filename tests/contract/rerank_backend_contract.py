@@ -1,12 +1,14 @@
 """What every scorer must do, as tests: a subclass gives one as the fixture `scorer`."""
 
 import math
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
-from services.common.errors import InvalidInput
-from services.rerank.ports import Backend, Pair
+from services.rerank.ports import Backend, Window
 
 QUERY = "How do plants turn sunlight into energy?"
 DOCUMENTS = (
@@ -18,74 +20,134 @@ DOCUMENTS = (
     "energy sunlight plants turn how",
 )
 ODD_TEXTS = ("", " ", "\n", "!", "\u200b", "\U0010ffff", "a\u0000b", "[SEP] [CLS]", "e" * 5000)
+LONG = "plants and energy " * 3000
+
+
+def windows_of(scorer: Backend, query: str, texts: Sequence[str]) -> list[Window]:
+    """Return the first window of each of *texts*: all of it, or as much as fits."""
+    tokens = scorer.tokenize_query(query)
+    room = scorer.room(tokens)
+    return [Window(tokens, document, 0, min(len(document.ids), room)) for document in scorer.tokenize(texts)]
+
+
+def score(scorer: Backend, query: str, texts: Sequence[str]) -> list[float]:
+    """Return the raw scores of *texts*, computed as one batch."""
+    return [scorer.relevance(row) for row in scorer.score(windows_of(scorer, query, texts))]
 
 
 class RerankBackendContract:
-    """Inherit this, and give the fixture `scorer`; set *cuts_queries* where no query is too long."""
+    """Inherit this, and give the fixture `scorer`; *tolerance* is what company may change in a raw score."""
 
-    any_query_fits = False
     tolerance = 1e-4
 
-    @staticmethod
-    def score(scorer: Backend, query: str, texts: Sequence[str]) -> list[float]:
-        """Return the raw scores of *texts*, computed as one batch."""
-        return scorer.score(scorer.prepare([Pair(query, text) for text in texts]))
-
-    def test_one_finite_number_a_pair(self, scorer: Backend) -> None:
-        """Each pair has a score, a plain float."""
-        scores = self.score(scorer, QUERY, DOCUMENTS)
-        assert len(scores) == len(DOCUMENTS)
-        assert all(type(score) is float and math.isfinite(score) for score in scores)
+    def test_one_row_of_finite_numbers_a_window(self, scorer: Backend) -> None:
+        """Each has its outputs, float32, and a score that is a plain float."""
+        outputs = scorer.score(windows_of(scorer, QUERY, DOCUMENTS))
+        assert outputs.dtype == np.float32
+        assert outputs.shape == (len(DOCUMENTS), outputs.shape[1])
+        assert np.isfinite(outputs).all()
+        assert all(type(scorer.relevance(row)) is float for row in outputs)
 
     def test_order_is_kept_among_mixed_lengths(self, scorer: Backend) -> None:
-        """A pair's score does not depend on its company, nor on its place in the batch."""
-        together = self.score(scorer, QUERY, DOCUMENTS)
-        assert self.score(scorer, QUERY, DOCUMENTS[::-1])[::-1] == pytest.approx(together, abs=self.tolerance)
-        alone = [self.score(scorer, QUERY, [text])[0] for text in DOCUMENTS]
+        """A window's score does not depend on its company, nor on its place in the batch."""
+        together = score(scorer, QUERY, DOCUMENTS)
+        assert score(scorer, QUERY, DOCUMENTS[::-1])[::-1] == pytest.approx(together, abs=self.tolerance)
+        alone = [score(scorer, QUERY, [text])[0] for text in DOCUMENTS]
         assert alone == pytest.approx(together, abs=self.tolerance)
 
     def test_it_is_deterministic(self, scorer: Backend) -> None:
         """The same batch again gives the same scores, whatever the scorer remembers of it."""
-        first = self.score(scorer, QUERY, DOCUMENTS)
-        assert self.score(scorer, QUERY, DOCUMENTS) == pytest.approx(first, abs=self.tolerance)
+        first = score(scorer, QUERY, DOCUMENTS)
+        assert score(scorer, QUERY, DOCUMENTS) == pytest.approx(first, abs=self.tolerance)
 
-    def test_pairs_of_several_queries_mix(self, scorer: Backend) -> None:
+    def test_windows_of_several_queries_mix(self, scorer: Backend) -> None:
         """A batch may hold pairs of different callers."""
-        pairs = [Pair(query, text) for text in DOCUMENTS for query in (QUERY, "What did the market do?")]
-        mixed = scorer.score(scorer.prepare(pairs))
-        apart = [scorer.score(scorer.prepare([pair]))[0] for pair in pairs]
-        assert mixed == pytest.approx(apart, abs=self.tolerance)
+        queries = (QUERY, "What did the market do?")
+        mixed = [
+            one
+            for pair in zip(*(windows_of(scorer, query, DOCUMENTS) for query in queries), strict=True)
+            for one in pair
+        ]
+        apart = [score(scorer, query, [text])[0] for text in DOCUMENTS for query in queries]
+        together = [scorer.relevance(row) for row in scorer.score(mixed)]
+        assert together == pytest.approx(apart, abs=self.tolerance)
 
     @pytest.mark.parametrize("text", ODD_TEXTS, ids=ascii)
     def test_any_document_has_a_score(self, scorer: Backend, text: str) -> None:
         """Empty documents, control characters and special tokens are scored; their pairs count tokens."""
-        pairs = scorer.prepare([Pair(QUERY, text)])
-        assert pairs[0].tokens >= 1
-        assert pairs[0].cost_tokens >= 1
-        assert all(math.isfinite(score) for score in scorer.score(pairs))
+        (window,) = windows_of(scorer, QUERY, [text])
+        assert scorer.tokens(window) >= 1
+        assert scorer.cost_tokens(window) >= 1
+        assert np.isfinite(scorer.score([window])).all()
 
-    def test_documents_are_cut_to_the_limit(self, scorer: Backend) -> None:
-        """A document of any length is scored, by its beginning."""
-        long = "plants and energy " * 3000
-        pairs = scorer.prepare([Pair(QUERY, long)])
-        assert pairs[0].cost_tokens <= scorer.info.max_tokens
-        assert math.isfinite(scorer.score(pairs)[0])
+    def test_documents_are_tokenised_whole(self, scorer: Backend) -> None:
+        """However long; what fits beside a query is within the limit, and is a third of it at least."""
+        (document,) = scorer.tokenize([LONG])
+        assert len(document.ids) >= 9000
+        for query in ("plants", LONG):
+            tokens = scorer.tokenize_query(query)
+            room = scorer.room(tokens)
+            assert scorer.info.max_tokens / 3 <= room < scorer.info.max_tokens
+            window = Window(tokens, document, 0, room)
+            assert scorer.cost_tokens(window) <= scorer.info.max_tokens
+            assert np.isfinite(scorer.score([window])).all()
 
-    def test_a_query_is_never_cut(self, scorer: Backend) -> None:
-        """A query that leaves no room is refused, naming the field, rather than read in part."""
-        query = "sunlight " * 2000
-        if self.any_query_fits:
-            assert math.isfinite(self.score(scorer, query, ["sunlight"])[0])
-            return
-        with pytest.raises(InvalidInput, match="query") as caught:
-            scorer.prepare([Pair(QUERY, "fine"), Pair(query, "text")])
-        assert caught.value.param == "query"
+    def test_any_part_of_a_document_is_scored(self, scorer: Backend) -> None:
+        """By its own tokens, wherever in the document they stand."""
+        query = scorer.tokenize_query(QUERY)
+        (document,) = scorer.tokenize([f"{DOCUMENTS[1]} {DOCUMENTS[0]} {DOCUMENTS[1]}"])
+        size = len(document.ids) // 3
+        parts = [Window(query, document, start, start + size) for start in (0, size, 0)]
+        first, other, again = (scorer.relevance(row) for row in scorer.score(parts))
+        assert first != pytest.approx(other, abs=1e-5)
+        assert first == pytest.approx(again, abs=self.tolerance)
+
+    def test_a_long_query_is_cut_and_says_so(self, scorer: Backend) -> None:
+        """Over half of what is read; a short one is not."""
+        cut = scorer.tokenize_query(LONG)
+        assert cut.cut
+        assert len(cut.ids) <= scorer.info.max_tokens / 2
+        assert not scorer.tokenize_query(QUERY).cut
+
+    def test_offsets_lead_back_to_the_text(self, scorer: Backend) -> None:
+        """Each token's characters lie within the text, in order; unless the tokenizer knows none."""
+        for text, document in zip(DOCUMENTS, scorer.tokenize(DOCUMENTS), strict=True):
+            if document.offsets is None:
+                continue
+            assert document.offsets.shape == (len(document.ids), 2)
+            starts, ends = document.offsets.T
+            assert (np.diff(starts) >= 0).all()
+            assert ((starts >= 0) & (starts <= ends) & (ends <= len(text))).all()
+
+    def test_a_key_stands_for_a_text(self, scorer: Backend) -> None:
+        """The same again for the same text, another for another."""
+        keys = [document.key for document in scorer.tokenize([*DOCUMENTS, *ODD_TEXTS])]
+        assert len(set(keys)) == len(keys)
+        assert [document.key for document in scorer.tokenize(DOCUMENTS)] == keys[: len(DOCUMENTS)]
+        assert scorer.tokenize_query(QUERY).key != scorer.tokenize_query("other").key
+
+    def test_threads_may_tokenise_at_once(self, scorer: Backend) -> None:
+        """Each gets what one alone gets."""
+        expected = [document.ids.tolist() for document in scorer.tokenize(DOCUMENTS)]
+        query = scorer.tokenize_query(LONG).ids.tolist()
+        barrier = threading.Barrier(4)
+
+        def tokenize(_: int) -> bool:
+            barrier.wait(10)
+            return all(
+                [document.ids.tolist() for document in scorer.tokenize(DOCUMENTS)] == expected
+                and scorer.tokenize_query(LONG).ids.tolist() == query
+                for _ in range(10)
+            )
+
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(tokenize, range(4)))
 
     def test_probabilities_keep_the_order(self, scorer: Backend) -> None:
         """Finished scores are from 0 to 1 and rise with the raw ones."""
-        raw = sorted({*self.score(scorer, QUERY, DOCUMENTS)})
-        finished = [scorer.to_probability(score) for score in raw]
-        assert all(0.0 <= score <= 1.0 for score in finished)
+        raw = sorted({*score(scorer, QUERY, DOCUMENTS)})
+        finished = [scorer.to_probability(one) for one in raw]
+        assert all(math.isfinite(one) and 0.0 <= one <= 1.0 for one in finished)
         assert finished == sorted(finished)
         assert len(set(finished)) == len(raw)
 
@@ -94,3 +156,4 @@ class RerankBackendContract:
         info = scorer.info
         assert all((info.name, info.kind, info.score, info.fingerprint, info.runtime, info.precision))
         assert info.max_tokens > 0
+        assert info.ranks

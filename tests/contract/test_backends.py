@@ -1,8 +1,6 @@
 """The backends that ship, each held to its contract, and the models' own numbers compared with sentence-transformers'."""
 
 import json
-import math
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,36 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import CrossEncoder, SentenceTransformer
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from sentence_transformers import SentenceTransformer
 
 from services.common.encoders import EncoderOptions
 from services.common.encoders.hardware import processor
-from services.common.errors import InvalidInput
-from services.common.model_files import DEFAULT_MODEL, InvalidModel, ModelNotFound, files_digest, resolve_model
+from services.common.model_files import DEFAULT_MODEL, ModelNotFound, files_digest, resolve_model
 from services.embedding.backends.fake import FakeBackend as FakeEmbedding
 from services.embedding.backends.transformer import TransformerBackend
 from services.embedding.models import load_backend as load_embedding
 from services.embedding.ports import Backend as EmbeddingBackend
 from services.embedding.settings import EmbeddingSettings
-from services.rerank.backends.cross_encoder import CrossEncoderBackend
-from services.rerank.backends.fake import FakeBackend as FakeScorer
-from services.rerank.backends.late_interaction import LateInteractionBackend, TokenVectorCache
-from services.rerank.models import load_backend as load_scorer
-from services.rerank.ports import Backend as RerankBackend
-from services.rerank.ports import Pair
-from services.rerank.settings import RerankSettings
 from tests.contract.embedding_backend_contract import TEXTS, EmbeddingBackendContract
 from tests.contract.mixed_texts import mixed_texts
-from tests.contract.rerank_backend_contract import DOCUMENTS, QUERY, RerankBackendContract
-
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -192,222 +172,12 @@ class TestOpenvinoBf16(FasterTransformer):
     runtime, precision = "openvino", "bf16"
 
 
-# --- scorers --------------------------------------------------------------------------------------------------------
-
-
-class TestFakeScorer(RerankBackendContract):
-    """The scorer without weights."""
-
-    any_query_fits = True
-
-    @pytest.fixture
-    def scorer(self) -> RerankBackend:
-        return FakeScorer()
-
-    def test_a_score_is_the_share_of_the_querys_words(self, scorer: RerankBackend) -> None:
-        """Two of four words found is one half."""
-        assert self.score(scorer, "red green blue white", ["Blue, and RED.", "black"]) == [0.5, 0.0]
-
-
-@pytest.fixture(scope="session")
-def late_interaction(cache_dir: Path) -> LateInteractionBackend:
-    """MaxSim over the packaged model at fp32."""
-    options = exactly("torch", "fp32", 1, cache_dir)
-    return LateInteractionBackend(DEFAULT_MODEL, options, cache_bytes=1 << 24, max_tokens=128)
-
-
-def max_sim(model: SentenceTransformer, query: str, text: str, max_tokens: int) -> float:
-    """Return the mean over query tokens of the greatest cosine to a document token, in plain NumPy."""
-
-    def token_vectors(content: str) -> np.ndarray:
-        ids = model.tokenizer(content, truncation=True, max_length=max_tokens, return_tensors="pt")
-        with torch.inference_mode():
-            states = model[0].auto_model(**ids).last_hidden_state[0].numpy()
-        states = states[1:-1]  # Without [CLS] and [SEP].
-        return states / np.linalg.norm(states, axis=1, keepdims=True)
-
-    cosines = token_vectors(query) @ token_vectors(text).T
-    return float(cosines.max(axis=1).mean())
-
-
-@pytest.mark.slow
-class TestLateInteraction(RerankBackendContract):
-    """MaxSim over the packaged model's token vectors."""
-
-    tolerance = 2e-3  # Token vectors are kept as float16.
-
-    @pytest.fixture
-    def scorer(self, late_interaction: LateInteractionBackend) -> RerankBackend:
-        return late_interaction
-
-    def test_it_is_max_sim(self, scorer: RerankBackend, reference: SentenceTransformer) -> None:
-        """Scores are those of a plain NumPy MaxSim, to what float16 keeps."""
-        expected = [max_sim(reference, QUERY, text, scorer.info.max_tokens) for text in DOCUMENTS]
-        assert self.score(scorer, QUERY, DOCUMENTS) == pytest.approx(expected, abs=1e-3)
-
-    def test_it_ranks(self, scorer: RerankBackend) -> None:
-        """The document that answers the question is above one that does not."""
-        answer, other = self.score(scorer, QUERY, DOCUMENTS[:2])
-        assert answer > other + 0.1
-
-    def test_a_document_seen_before_costs_next_to_nothing(self, scorer: RerankBackend) -> None:
-        """The second time a document costs one token in a batch, counts as much in usage, and scores the same."""
-        text = "A document that no other test scores, of some length, so that its cost shows."
-        (first,) = scorer.prepare([Pair(QUERY, text)])
-        (score,) = scorer.score([first])
-        (second,) = scorer.prepare([Pair(QUERY, text)])
-        assert (second.cost_tokens, second.tokens) == (1, first.tokens)
-        assert first.cost_tokens > 10
-        assert scorer.score([second])[0] == pytest.approx(score, abs=1e-3)
-
-    def test_a_document_without_words_scores_lowest(self, scorer: RerankBackend) -> None:
-        """An empty document matches nothing."""
-        assert self.score(scorer, QUERY, [""]) == [-1.0]
-        assert scorer.to_probability(-1.0) == 0.0
-
-    def test_a_long_query_is_refused_whatever_was_seen_before(self, scorer: RerankBackend) -> None:
-        """A text that was scored as a document, cut, still is too long as a query."""
-        text = "sunlight and energy " * 200
-        self.score(scorer, QUERY, [text])
-        with pytest.raises(InvalidInput):
-            scorer.prepare([Pair(text, "a document")])
-
-
-def test_token_vectors_are_bounded_by_bytes() -> None:
-    """The least recently used go first, and what is larger than the bound is not kept."""
-    vectors = np.zeros((10, 8), dtype=np.float16)
-    cache = TokenVectorCache(3 * vectors.nbytes)
-    for key in (b"a", b"b", b"c"):
-        cache.put(key, vectors)
-    assert cache.get(b"a") is not None
-    cache.put(b"d", vectors)
-    assert [key for key in (b"a", b"b", b"c", b"d") if cache.get(key) is not None] == [b"a", b"c", b"d"]
-    cache.put(b"large", np.zeros((100, 8), dtype=np.float16))
-    assert cache.get(b"large") is None
-
-
-@pytest.fixture(scope="session")
-def make_cross_encoder_files(tmp_path_factory: pytest.TempPathFactory):
-    """Write tiny cross-encoders with random weights and the packaged tokenizer."""
-
-    def make(labels: int) -> Path:
-        directory = tmp_path_factory.mktemp(f"cross-encoder-{labels}")
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(DEFAULT_MODEL))
-        torch.manual_seed(7)
-        config = BertConfig(vocab_size=len(tokenizer), num_labels=labels, initializer_range=0.3, **TINY)
-        BertForSequenceClassification(config).save_pretrained(directory)
-        tokenizer.model_max_length = TINY["max_position_embeddings"]
-        tokenizer.save_pretrained(directory)
-        return directory
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def cross_encoder_files(make_cross_encoder_files) -> Path:
-    """The files of a tiny cross-encoder with one label."""
-    return make_cross_encoder_files(1)
-
-
-def load_cross_encoder(name: Path, *, max_tokens: int = 256) -> CrossEncoderBackend:
-    """Return the cross-encoder in *name* on this processor."""
-    return CrossEncoderBackend(str(name), revision=None, precision="auto", device="cpu", max_tokens=max_tokens)
-
-
-@pytest.fixture(scope="session")
-def cross_encoder(cross_encoder_files: Path) -> CrossEncoderBackend:
-    """The tiny cross-encoder."""
-    return load_cross_encoder(cross_encoder_files)
-
-
-class TestCrossEncoder(RerankBackendContract):
-    """A cross-encoder with random weights."""
-
-    @pytest.fixture
-    def scorer(self, cross_encoder: CrossEncoderBackend) -> RerankBackend:
-        return cross_encoder
-
-    def test_it_gives_what_sentence_transformers_gives(self, scorer: RerankBackend, cross_encoder_files: Path) -> None:
-        """Raw scores are CrossEncoder's logits, finished ones its default predictions."""
-        theirs = CrossEncoder(str(cross_encoder_files), device="cpu", local_files_only=True)
-        pairs = [(QUERY, text) for text in DOCUMENTS]
-        logits = theirs.predict(pairs, activation_fn=torch.nn.Identity())
-        ours = self.score(scorer, QUERY, DOCUMENTS)
-        assert np.ptp(logits) > 0.01
-        assert ours == pytest.approx(logits.tolist(), abs=1e-4)
-        finished = [scorer.to_probability(score) for score in ours]
-        assert finished == pytest.approx(theirs.predict(pairs).tolist(), abs=1e-4)
-
-    def test_a_long_query_is_kept_whole(self, scorer: RerankBackend, cross_encoder_files: Path) -> None:
-        """However long the document is, it alone is cut: every token of the query is read."""
-        query = "light " * 100
-        (pair,) = scorer.prepare([Pair(query, "plants and energy " * 200)])
-        whole = AutoTokenizer.from_pretrained(cross_encoder_files)(query)["input_ids"]
-        assert pair.payload["input_ids"][: len(whole)] == whole
-        assert pair.tokens == scorer.info.max_tokens
-
-    def test_the_sigmoid_never_overflows(self, scorer: RerankBackend) -> None:
-        """Logits of any size give probabilities."""
-        finished = [scorer.to_probability(raw) for raw in (-1e6, -745.0, 0.0, 745.0, 1e6)]
-        assert finished == pytest.approx([0, 0, 0.5, 1, 1])
-        assert not any(math.isnan(score) for score in finished)
-
-    def test_the_limit_is_the_smaller_of_the_two(self, scorer: RerankBackend, cross_encoder_files: Path) -> None:
-        """A model that reads 128 tokens is never given 256; a setting of 64 holds."""
-        assert scorer.info.max_tokens == 128
-        assert load_cross_encoder(cross_encoder_files, max_tokens=64).info.max_tokens == 64
-
-    def test_it_may_be_prepared_from_any_thread(self, scorer: RerankBackend) -> None:
-        """Threads that prepare pairs at once get what one gets."""
-        pairs = [Pair(QUERY, text) for text in DOCUMENTS]
-        expected = [pair.payload["input_ids"] for pair in scorer.prepare(pairs)]
-        barrier = threading.Barrier(4)
-
-        def prepare(_: int) -> bool:
-            barrier.wait(10)
-            return all([pair.payload["input_ids"] for pair in scorer.prepare(pairs)] == expected for _ in range(25))
-
-        with ThreadPoolExecutor(4) as threads:
-            assert all(threads.map(prepare, range(4)))
-
-    def test_the_tokenizer_that_threads_share_is_always_told_the_same(
-        self, scorer: CrossEncoderBackend, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """How it truncates is state of the tokenizer: a setting for queries would cut another thread's documents."""
-        told = set()
-        tell = scorer._tokenizer.set_truncation_and_padding
-
-        def listen(padding_strategy, truncation_strategy, max_length, *args, **more):
-            told.add((padding_strategy, truncation_strategy, max_length))
-            return tell(padding_strategy, truncation_strategy, max_length, *args, **more)
-
-        monkeypatch.setattr(scorer._tokenizer, "set_truncation_and_padding", listen)
-        scorer.prepare([Pair(QUERY, text) for text in DOCUMENTS])
-        with pytest.raises(InvalidInput):
-            scorer.prepare([Pair("sunlight " * 500, "text")])
-        assert len(told) == 1
-
-
-@pytest.mark.parametrize("labels", [2, 3])
-def test_a_head_that_cannot_score_is_refused(make_cross_encoder_files, labels: int) -> None:
-    """A classifier with several labels is no cross-encoder for us, and the message says how many it has."""
-    with pytest.raises(ModelNotFound, match=f"{labels} labels"):
-        load_cross_encoder(make_cross_encoder_files(labels))
-
-
-def test_a_cross_encoder_has_no_int8(cross_encoder_files: Path) -> None:
-    """What it cannot compute is told before the model is loaded."""
-    with pytest.raises(InvalidModel, match="int8"):
-        CrossEncoderBackend(str(cross_encoder_files), revision=None, precision="int8", device="cpu", max_tokens=64)
-
-
 # --- names to backends ----------------------------------------------------------------------------------------------
 
 
 def test_fake_needs_no_files() -> None:
-    """The model `fake` is there in both services."""
+    """The model `fake` is there."""
     assert isinstance(load_embedding(EmbeddingSettings(model="fake")), FakeEmbedding)
-    assert isinstance(load_scorer(RerankSettings(model="fake")), FakeScorer)
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "~/nowhere"])
@@ -415,8 +185,6 @@ def test_a_path_without_a_model_is_told(name: str) -> None:
     """A path that is no directory is named, and no hub is asked."""
     with pytest.raises(ModelNotFound, match="is not a directory"):
         load_embedding(EmbeddingSettings(model=name))
-    with pytest.raises(ModelNotFound, match="is not a directory"):
-        load_scorer(RerankSettings(model=name))
 
 
 def test_a_directory_without_a_model_is_told(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator
 import httpx2
 import pytest
 
+from services.common.wire.base import MAX_INPUT_CHARS
 from services.rerank.app import create_app
 from services.rerank.settings import RerankSettings
-from tests.integration.conftest import JSON, MAX_TEXT_CHARS, UNREADABLE, Refused, Serve
+from tests.integration.conftest import JSON, UNREADABLE, Refused, Serve
 
 QUERY = "red green blue white"
 DOCUMENTS = ["red", "red green blue", "black", "red green"]
@@ -35,7 +36,9 @@ async def rerank(client: httpx2.AsyncClient, path: str = "/rerank", **body) -> d
 async def test_rerank_answers_best_first(client):
     """Documents come by falling score with their place in the request; no text comes unasked."""
     reply = await rerank(client)
-    assert reply["results"] == [{"index": index, "score": SCORES[index], "scored": True} for index in ORDER]
+    results = [(result["index"], result["score"], result["scored"]) for result in reply["results"]]
+    assert results == [(index, SCORES[index], True) for index in ORDER]
+    assert not any("text" in result for result in reply["results"])
     assert (reply["model"], reply["fingerprint"]) == ("fake", "fake-rerank@1")
     assert reply["usage"]["total_tokens"] == reply["usage"]["prompt_tokens"] == 4 * 4 + 7
     assert set(reply["timings"]) == {"tokenization_ms", "queue_ms", "inference_ms"}
@@ -67,18 +70,6 @@ async def test_an_empty_document_is_scored(client):
     """A document without text has its place in the answer."""
     reply = await rerank(client, documents=["", "red"])
     assert [(result["index"], result["score"]) for result in reply["results"]] == [(1, 0.25), (0, 0.0)]
-
-
-async def test_the_compatible_shape(client):
-    """/v1/rerank answers what Jina, Cohere and vLLM clients read; `document` is absent unless asked for."""
-    reply = await rerank(client, "/v1/rerank", model="fake", top_n=2)
-    assert reply["results"] == [{"index": 1, "relevance_score": 0.75}, {"index": 3, "relevance_score": 0.5}]
-    assert reply["id"]
-    assert reply["model"] == "fake"
-    assert reply["meta"]["billed_units"] == {"search_units": 1}
-    assert reply["usage"]["total_tokens"] > 0
-    with_texts = await rerank(client, "/v1/rerank", return_documents=True)
-    assert [result["document"] for result in with_texts["results"]] == [{"text": DOCUMENTS[index]} for index in ORDER]
 
 
 async def test_at_the_deadline_the_rest_is_marked(client):
@@ -115,7 +106,10 @@ async def test_health_and_documentation(client):
     assert (await client.get("/livez")).json() == {"status": "ok", "problems": []}
     assert (await client.get("/readyz")).json() == {"status": "ok", "problems": []}
     paths = (await client.get("/openapi.json")).json()["paths"]
-    assert {"/rerank", "/models", "/info", "/v1/rerank", "/livez", "/readyz", "/metrics"} <= set(paths)
+    assert {"/rerank", "/models", "/info", "/livez", "/readyz", "/metrics"} <= set(paths)
+    assert {"/v1/rerank", "/v2/rerank", "/v1/models", "/score", "/tei/rerank", "/tei/predict", "/tei/info"} <= set(
+        paths
+    )
 
 
 async def test_metrics_are_there_from_the_start(client):
@@ -146,14 +140,14 @@ BAD_FIELDS = [
     ("no documents", {"documents": []}, "documents", 422),
     ("null for documents", {"documents": None}, "documents", 422),
     ("a string for documents", {"documents": "red"}, "documents", 422),
-    ("1,001 documents", {"documents": ["a"] * 1001}, "documents", 413),
+    ("1,001 documents", {"documents": ["a"] * 1001}, "documents", 422),
     ("a number among documents", {"documents": ["a", 5]}, "documents.1", 422),
     ("a null byte in a document", {"documents": ["a", "b\0"]}, "documents.1", 422),
     ("a null byte in an object", {"documents": [{"text": "\0"}]}, "documents.0.text", 422),
     ("an object without text", {"documents": ["a", {}]}, "documents.1.text", 422),
     ("an object with more", {"documents": [{"text": "a", "id": 1}]}, "documents.0.id", 422),
     ("a number for a text", {"documents": [{"text": 5}]}, "documents.0.text", 422),
-    ("a document over the limit", {"documents": ["x" * (MAX_TEXT_CHARS + 1)]}, "documents.0", 422),
+    ("a document over the limit", {"documents": ["x" * (MAX_INPUT_CHARS + 1)]}, "documents.0", 422),
     ("a document of 10 MB", {"documents": ["a", "x" * 10_000_000]}, "documents.1", 422),
     ("top_n 0", {"top_n": 0}, "top_n", 422),
     ("top_n negative", {"top_n": -1}, "top_n", 422),
@@ -165,15 +159,14 @@ BAD_FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank"])
 @pytest.mark.parametrize(
     ("fields", "param", "status"), [row[1:] for row in BAD_FIELDS], ids=[row[0] for row in BAD_FIELDS]
 )
-async def test_bad_fields_are_refused_by_name(client, refused: Refused, path, fields, param, status):
+async def test_bad_fields_are_refused_by_name(client, refused: Refused, fields, param, status):
     """Each bad field is a 4xx that names it, and the service goes on."""
-    got, error = await refused(path, {"query": QUERY, "documents": DOCUMENTS, **fields})
+    got, error = await refused("/rerank", {"query": QUERY, "documents": DOCUMENTS, **fields})
     assert (got, error["param"]) == (status, param)
-    assert len((await rerank(client, path))["results"]) == 4
+    assert len((await rerank(client))["results"]) == 4
 
 
 @pytest.mark.parametrize("missing", ["query", "documents"])
@@ -185,19 +178,10 @@ async def test_missing_fields_are_named(refused: Refused, missing):
     assert (status, error["param"]) == (422, missing)
 
 
-@pytest.mark.parametrize("field", ["raw_scores", "allow_partial"])
-async def test_native_fields_are_unknown_to_other_clients(client, refused: Refused, field):
-    """What only the native route can do is refused elsewhere, never silently left out."""
-    await rerank(client, **{field: True})
-    status, error = await refused("/v1/rerank", {"query": QUERY, "documents": DOCUMENTS, field: True})
-    assert (status, error["param"]) == (422, field)
-
-
-@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank"])
 @pytest.mark.parametrize("body", [row[1] for row in UNREADABLE], ids=[row[0] for row in UNREADABLE])
-async def test_unreadable_bodies_are_malformed(client, refused: Refused, path, body):
+async def test_unreadable_bodies_are_malformed(client, refused: Refused, body):
     """What is no JSON object in UTF-8 is 400, and the service goes on."""
-    status, error = await refused(path, body)
+    status, error = await refused("/rerank", body)
     assert (status, error["code"], error["param"]) == (400, "malformed_request", "body")
     assert len((await rerank(client))["results"]) == 4
 
@@ -234,5 +218,5 @@ async def test_the_default_scorer_ranks_and_says_what_it_is(serve: Serve):
         raw = await rerank(client, query=query, documents=documents, raw_scores=True)
         assert [result["index"] for result in raw["results"]] == [result["index"] for result in reply["results"]]
         assert raw["results"][0]["score"] != reply["results"][0]["score"]
-        too_long = await client.post("/rerank", json={"query": "light " * 2000, "documents": documents})
-        assert (too_long.status_code, too_long.json()["error"]["param"]) == (422, "query")
+        assert raw["query_truncated"] is False
+        assert (await rerank(client, query="light " * 2000, documents=documents))["query_truncated"] is True

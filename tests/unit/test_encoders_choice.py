@@ -9,6 +9,7 @@ from services.common.encoders import EncoderOptions
 from services.common.encoders.choice import Candidate, Unusable, candidates, choose
 from services.common.encoders.golden import agreement
 from services.common.encoders.hardware import Processor
+from services.common.encoders.trial import TextTrial
 from services.common.model_files import InvalidModel
 from services.common.tokens import Tokens
 
@@ -44,7 +45,7 @@ class PlainEncoder:
 
 def take(encoders, *, honour=False):
     """Choose among *encoders*, a mapping of candidates."""
-    return choose(list(encoders), encoders.__getitem__, PlainEncoder(), honour=honour, measuring_s=0.05)
+    return choose(list(encoders), encoders.__getitem__, TextTrial(PlainEncoder()), honour=honour, measuring_s=0.05)
 
 
 def names(options: EncoderOptions, device: str, cpu: Processor) -> list[str]:
@@ -103,7 +104,7 @@ def test_a_candidate_that_cannot_be_made_is_refused_and_the_next_is_taken() -> N
             raise Unusable("OpenVINO cannot convert it: no rule for aten::frobnicate")
         return PlainEncoder(raises=candidate == ALL[1])
 
-    _, choice = choose(ALL, make, PlainEncoder(), honour=False, measuring_s=0.01)
+    _, choice = choose(ALL, make, TextTrial(PlainEncoder()), honour=False, measuring_s=0.01)
     assert (choice.runtime, choice.precision) == ("torch", "fp32")
     assert "aten::frobnicate" in choice.reason
     assert "torch bf16 refused: RuntimeError: unknown operation" in choice.reason
@@ -127,7 +128,9 @@ def test_torch_weights_stay_fp32_where_reduced_ones_lose_too_much() -> None:
     """Where converted weights miss the bound, torch computes at that precision over fp32 weights, if that passes."""
     autocast = Candidate("torch", "bf16", autocast=True)
     encoders = {ALL[1]: PlainEncoder(error=0.5), autocast: PlainEncoder(), ALL[2]: PlainEncoder(pause_s=0.02)}
-    _, choice = choose([ALL[1], ALL[2]], encoders.__getitem__, PlainEncoder(), honour=False, measuring_s=0.01)
+    _, choice = choose(
+        [ALL[1], ALL[2]], encoders.__getitem__, TextTrial(PlainEncoder()), honour=False, measuring_s=0.01
+    )
     assert (choice.precision, choice.autocast) == ("bf16", True)
 
 

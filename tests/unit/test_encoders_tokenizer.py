@@ -108,6 +108,22 @@ def test_pieces_say_what_they_cover(tokenizer: TextTokenizer) -> None:
     assert tokenizer.pieces(text, add_special_tokens=False) == pieces[1:-1]
 
 
+def test_content_is_whole_texts_without_special_tokens(tokenizer: TextTokenizer, theirs) -> None:
+    """Uncut, in order, with the characters that each token covers; framed by the special tokens it is the whole text."""
+    texts = ["Naïve café, 東京 🙂 ok", "", "alpha beta " * 50]
+    contents = tokenizer.content(texts)
+    for text, (ids, offsets) in zip(texts, contents, strict=True):
+        assert [*tokenizer.before, *ids, *tokenizer.after] == theirs(text)["input_ids"]
+        assert offsets is not None
+        assert offsets.tolist() == [
+            [piece.start, piece.stop] for piece in tokenizer.pieces(text, add_special_tokens=False)
+        ]
+        assert offsets.shape == (len(ids), 2)
+    (alone,) = tokenizer.content(texts[:1])
+    assert [array.tolist() for array in alone] == [array.tolist() for array in contents[0]]
+    assert tokenizer.content([]) == []
+
+
 def test_decoding_gives_the_text_back(tokenizer: TextTokenizer) -> None:
     """Ids become their text, with special tokens only where they are asked for; unknown ids are nothing."""
     (tokens,) = tokenizer.tokenize(["a short question?"])
@@ -135,6 +151,9 @@ def test_a_tokenizer_in_python_works_too(tmp_path: Path) -> None:
     assert made.tokenize(["abc"])[0].truncated is False
     assert made.decode(whole) == "abcdefghijkl"
     assert [piece.special for piece in made.pieces("ab")] == [False, False, True]
+    ((ids, offsets),) = made.content(["abcdefghijkl"])
+    assert [*made.before, *ids, *made.after] == whole
+    assert offsets is None
 
 
 def test_where_the_two_differ_transformers_decides(theirs) -> None:

@@ -1,7 +1,8 @@
 """
-Text encoders, as both model services use them: token ids in, pooled or per-token vectors out.
+Text encoders, as both model services use them: token ids in, pooled or per-token vectors out; and scorers of pairs.
 
-`open_encoder` picks what computes a model on this machine. Importing this package imports neither torch nor OpenVINO.
+`open_encoder` picks what computes a model on this machine, and so does `pairs.opening.open_pair_model` for a cross-encoder.
+Importing this package imports neither torch nor OpenVINO.
 """
 
 from services.common.encoders.description import ModelDescription

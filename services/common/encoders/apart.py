@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
@@ -14,20 +14,23 @@ from services.common.encoders.protocol import EncoderOptions
 log = structlog.get_logger(__name__)
 
 PATIENCE_S = 240.0
+Task = Literal["texts", "pairs"]
 _PATHS = ("cache_dir", "projection")
 
 
-def measured_apart(name: str, options: EncoderOptions) -> bool:
+def measured_apart(task: Task, name: str, options: EncoderOptions) -> bool:
     """
     Open the model *name* in a child process, which keeps what it chooses in the cache; whether that went well.
 
+    *task* says as what: an encoder of texts, or a scorer of pairs.
+
     What goes wrong there is logged, and is to be tried here: the error is then raised where it is looked for.
     """
-    task = {"name": name, "options": asdict(replace(options, measure_apart=False))}
+    asked = {"task": task, "name": name, "options": asdict(replace(options, measure_apart=False))}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "services.common.encoders.apart"],
-            input=json.dumps(task, default=str),
+            input=json.dumps(asked, default=str),
             capture_output=True,
             text=True,
             timeout=PATIENCE_S,
@@ -43,12 +46,18 @@ def measured_apart(name: str, options: EncoderOptions) -> bool:
 
 def main() -> None:
     """Do the task on standard input."""
-    from services.common.encoders.opening import measure
-
-    task = json.load(sys.stdin)
-    values: dict[str, Any] = task["options"]
+    asked = json.load(sys.stdin)
+    values: dict[str, Any] = asked["options"]
     values |= {key: Path(values[key]) for key in _PATHS if values[key]}
-    measure(task["name"], EncoderOptions(**values))
+    options = EncoderOptions(**values)
+    if asked["task"] == "pairs":
+        from services.common.encoders.pairs.opening import measure_pairs
+
+        measure_pairs(asked["name"], options)
+    else:
+        from services.common.encoders.opening import measure
+
+        measure(asked["name"], options)
 
 
 if __name__ == "__main__":

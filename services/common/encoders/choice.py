@@ -1,43 +1,30 @@
 """
 Which runtime and precision compute a model: the fastest of those that stay as near to fp32 as is asked.
 
-Every candidate is first held against torch at fp32 on golden texts of many lengths and scripts (the gate: a cosine of
-0.999 at least), then those left are timed in turn. The score is the geometric mean of two rates: texts a second in
-batches of about 130 tokens a text, and short texts a second one at a time; a candidate twice as fast at one and half
-as fast at the other is neither better nor worse.
+Every candidate is first held against torch at fp32 on golden samples (the gate: see Trial), then those left are timed
+in turn. The score is the geometric mean of two rates: samples a second in batches of about 130 tokens a sample, and
+short samples a second one at a time; a candidate twice as fast at one and half as fast at the other is neither better
+nor worse.
 """
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
-from services.common.encoders.golden import (
-    GOLDEN_TEXTS,
-    MIN_COSINE,
-    SHORT_GOLDEN_TEXTS,
-    Agreement,
-    agreement,
-    golden_batches,
-)
 from services.common.encoders.hardware import Processor
-from services.common.encoders.protocol import Encoder, EncoderOptions
+from services.common.encoders.protocol import EncoderOptions
 from services.common.encoders.store import Choice
+from services.common.encoders.trial import ModelT, Trial
 from services.common.model_files import InvalidModel
-from services.common.tokens import Tokens
 
 log = structlog.get_logger(__name__)
 
 MEASURING_S = 2.0
 _ROUNDS = 5
-_BATCH_ITEMS, _BATCH_TOKENS, _SHORT_TOKENS = 8, 130, 10
-_GPU_BATCH_ITEMS = 64
 _FLOOR_SLACK = 0.002
 
 
@@ -57,7 +44,6 @@ class Unusable(Exception):
 
 
 REFERENCE = Candidate("torch", "fp32")
-Make = Callable[[Candidate], Encoder]
 
 
 def candidates(options: EncoderOptions, device: str, cpu: Processor) -> list[Candidate]:
@@ -88,172 +74,150 @@ def candidates(options: EncoderOptions, device: str, cpu: Processor) -> list[Can
 
 def choose(
     tried: Sequence[Candidate],
-    make: Make,
-    reference: Encoder,
+    make: Callable[[Candidate], ModelT],
+    trial: Trial[ModelT],
     *,
     honour: bool,
     measuring_s: float = MEASURING_S,
-) -> tuple[Encoder, Choice]:
+) -> tuple[ModelT, Choice]:
     """
-    Return the best of *tried* with the choice to keep; *make* makes a candidate's encoder, *reference* is at fp32.
+    Return the best of *tried* with the choice to keep; *make* makes a candidate's model.
 
     *honour* takes a precision that was asked for even below the bound, with a warning that states the loss. The
-    encoders that were not chosen are closed; the reference is not.
+    models that were not chosen are closed.
 
     Raises:
         InvalidModel: No candidate works.
     """
-    gate = _Gate(reference)
-    made = _admit(tried, make, gate, honour=honour)
+    gate = _Gate(trial)
+    made = gate.admit(tried, make, honour=honour)
     rates: dict[Candidate, _Rates] = {}
     if len(made) > 1:
-        rates = _time_in_turn(made, measuring_s)
+        rates = _time_in_turn(made, trial, measuring_s)
         for candidate, figures in rates.items():
             gate.measured[str(candidate)] |= {
-                "batch_texts_per_s": round(figures.batch_texts_per_s, 1),
-                "short_text_ms": round(figures.short_text_ms, 3),
+                f"batch_{trial.unit}s_per_s": round(figures.batch_per_s, 1),
+                f"short_{trial.unit}_ms": round(figures.short_ms, 3),
             }
         best = max(made, key=lambda candidate: rates[candidate].score)
     else:
         (best,) = made
-    for candidate, encoder in made.items():
+    for candidate, model in made.items():
         if candidate != best:
-            encoder.close()
-    short = agreement(made[best].pooled(made[best].tokenize(SHORT_GOLDEN_TEXTS)), gate.short)
+            model.close()
     choice = Choice(
         best.runtime,
         best.precision,
         best.autocast,
-        _reason(best, list(made), rates, gate),
+        _reason(best, rates, trial.unit, gate.words[best], gate.refused),
         gate.measured,
-        gate.short,
-        min(MIN_COSINE, short.least - _FLOOR_SLACK),
+        trial.golden,
+        min(trial.least_nearness, trial.nearness(made[best]) - _FLOOR_SLACK),
     )
     return made[best], choice
 
 
-class _Gate:
+class _Gate(Generic[ModelT]):
     """Holds candidates against fp32, and notes what it found."""
 
-    def __init__(self, reference: Encoder) -> None:
-        self._reference = reference
-        self.short = reference.pooled(reference.tokenize(SHORT_GOLDEN_TEXTS))
+    def __init__(self, trial: Trial[ModelT]) -> None:
+        self._trial = trial
         self.measured: dict[str, dict[str, float]] = {}
+        self.words: dict[Candidate, str] = {}
         self.refused: list[str] = []
 
-    @cached_property
-    def _batches(self) -> list[list[Tokens]]:
-        return golden_batches(self._reference.tokenize(GOLDEN_TEXTS))
+    def admit(
+        self, tried: Sequence[Candidate], make: Callable[[Candidate], ModelT], *, honour: bool
+    ) -> dict[Candidate, ModelT]:
+        """Return the models that pass; where *honour* and none does, the one that is nearest to fp32."""
+        made: dict[Candidate, ModelT] = {}
+        below: list[tuple[float, Candidate]] = []
+        waiting = list(tried)
+        while waiting:
+            candidate = waiting.pop(0)
+            try:
+                model = make(candidate)
+                verdict = self._trial.judge(None if candidate == REFERENCE else model)
+            except Exception as error:  # A runtime fails on an architecture in any way; the next may not.
+                told = str(error) if isinstance(error, Unusable) else f"{type(error).__name__}: {error}"
+                self._refuse(candidate, told)
+                continue
+            self.measured[str(candidate)] = dict(verdict.figures)
+            self.words[candidate] = verdict.words
+            if verdict.passes:
+                made[candidate] = model
+                continue
+            model.close()
+            below.append((verdict.nearness, candidate))
+            self._refuse(candidate, f"{verdict.words}, {verdict.bound}")
+            if candidate.runtime == "torch" and not candidate.autocast and candidate.precision != "fp32":
+                waiting.insert(0, candidate._replace(autocast=True))
+        if not made and below and honour:
+            _, candidate = max(below)
+            log.warning("asked_precision_loses", candidate=str(candidate), why=self.words[candidate])
+            self.refused = [line for line in self.refused if not line.startswith(f"{candidate} refused")]
+            made[candidate] = make(candidate)
+        if not made:
+            raise InvalidModel("nothing computes this model as asked: " + "; ".join(self.refused))
+        return made
 
-    @cached_property
-    def _expected(self) -> NDArray[np.float32]:
-        return self._vectors(self._reference)
-
-    def _vectors(self, encoder: Encoder) -> NDArray[np.float32]:
-        return np.concatenate([encoder.pooled(batch) for batch in self._batches])
-
-    def least_cosine(self, candidate: Candidate, encoder: Encoder) -> float:
-        """Return the least cosine of *encoder*'s vectors to fp32's."""
-        exact = Agreement(1.0, 1.0)
-        found = exact if candidate == REFERENCE else agreement(self._vectors(encoder), self._expected)
-        self.measured[str(candidate)] = {"min_cosine": round(found.least, 6), "mean_cosine": round(found.mean, 6)}
-        return found.least
-
-    def refuse(self, candidate: Candidate, why: str) -> None:
-        """Note that *candidate* is out."""
+    def _refuse(self, candidate: Candidate, why: str) -> None:
         self.refused.append(f"{candidate} refused: {why}")
         log.warning("candidate_refused", candidate=str(candidate), why=why)
 
 
-def _admit(tried: Sequence[Candidate], make: Make, gate: _Gate, *, honour: bool) -> dict[Candidate, Encoder]:
-    """Return the encoders that pass; where *honour* and none does, the one that is nearest to fp32."""
-    made: dict[Candidate, Encoder] = {}
-    below: list[tuple[float, Candidate]] = []
-    waiting = list(tried)
-    while waiting:
-        candidate = waiting.pop(0)
-        try:
-            encoder = make(candidate)
-            least = gate.least_cosine(candidate, encoder)
-        except Exception as error:  # A runtime fails on an architecture in any way; the next may not.
-            gate.refuse(candidate, str(error) if isinstance(error, Unusable) else f"{type(error).__name__}: {error}")
-            continue
-        if least >= MIN_COSINE:
-            made[candidate] = encoder
-            continue
-        encoder.close()
-        below.append((least, candidate))
-        gate.refuse(candidate, f"its least cosine to fp32 is {least:.5f}, under {MIN_COSINE}")
-        if candidate.runtime == "torch" and not candidate.autocast and candidate.precision != "fp32":
-            waiting.insert(0, candidate._replace(autocast=True))
-    if not made and below and honour:
-        least, candidate = max(below)
-        log.warning("asked_precision_loses", candidate=str(candidate), min_cosine=round(least, 5), bound=MIN_COSINE)
-        gate.refused = [line for line in gate.refused if not line.startswith(f"{candidate} refused")]
-        made[candidate] = make(candidate)
-    if not made:
-        raise InvalidModel("nothing computes this model as asked: " + "; ".join(gate.refused))
-    return made
-
-
 class _Rates(NamedTuple):
-    batch_texts_per_s: float
-    short_text_ms: float
+    batch_per_s: float
+    short_ms: float
 
     @property
     def score(self) -> float:
         """See the module."""
-        return math.sqrt(self.batch_texts_per_s * 1000 / self.short_text_ms)
+        return math.sqrt(self.batch_per_s * 1000 / self.short_ms)
 
 
-def _time_in_turn(made: Mapping[Candidate, Encoder], measuring_s: float) -> dict[Candidate, _Rates]:
+def _time_in_turn(
+    made: Mapping[Candidate, ModelT], trial: Trial[ModelT], measuring_s: float
+) -> dict[Candidate, _Rates]:
     """Time all candidates round by round, so that what else the machine does falls on all of them alike."""
     batch_s: dict[Candidate, list[float]] = {candidate: [] for candidate in made}
     short_s: dict[Candidate, list[float]] = {candidate: [] for candidate in made}
+    items: dict[Candidate, int] = {}
     ends = time.perf_counter() + measuring_s
     for turn in range(_ROUNDS):
-        for candidate, encoder in made.items():
-            batch, short = _sample_batches(encoder)
+        for candidate, model in made.items():
             # Untimed: the threads of the candidate before spin for a while, this one's have to wake.
-            encoder.pooled(short)
+            trial.short(model)
             if turn == 0:
-                encoder.pooled(batch)
-            batch_s[candidate].append(_seconds(encoder, batch))
-            short_s[candidate] += [_seconds(encoder, short) for _ in range(5)]
+                items[candidate] = trial.batch(model)
+            batch_s[candidate].append(_seconds(trial.batch, model))
+            short_s[candidate] += [_seconds(trial.short, model) for _ in range(5)]
         if time.perf_counter() > ends:
             break
-    rates = {}
-    for candidate, encoder in made.items():
-        items = len(_sample_batches(encoder)[0])
-        rates[candidate] = _Rates(
-            items / statistics.median(batch_s[candidate]), 1000 * statistics.median(short_s[candidate])
+    return {
+        candidate: _Rates(
+            items[candidate] / statistics.median(batch_s[candidate]), 1000 * statistics.median(short_s[candidate])
         )
-    return rates
+        for candidate in made
+    }
 
 
-def _sample_batches(encoder: Encoder) -> tuple[list[Tokens], list[Tokens]]:
-    """Return a batch of texts of about 130 tokens, and one of a single short text."""
-    (text,) = encoder.tokenize(["The quick brown fox jumps over the lazy dog again. " * 40])
-    items = _BATCH_ITEMS if encoder.device == "cpu" else _GPU_BATCH_ITEMS
-    return [Tokens(text.ids[:_BATCH_TOKENS], True)] * items, [Tokens(text.ids[:_SHORT_TOKENS], True)]
-
-
-def _seconds(encoder: Encoder, batch: Sequence[Tokens]) -> float:
+def _seconds(work: Callable[[ModelT], object], model: ModelT) -> float:
     started = time.perf_counter()
-    encoder.pooled(batch)
+    work(model)
     return time.perf_counter() - started
 
 
-def _reason(best: Candidate, made: Sequence[Candidate], rates: Mapping[Candidate, _Rates], gate: _Gate) -> str:
-    least = gate.measured[str(best)]["min_cosine"]
-    cosine = f"least cosine to fp32 over the golden texts {least:.5f}"
+def _reason(
+    best: Candidate, rates: Mapping[Candidate, _Rates], unit: str, nearness: str, refused: Sequence[str]
+) -> str:
     if rates:
-        others = ", ".join(str(candidate) for candidate in made if candidate != best)
+        others = ", ".join(str(candidate) for candidate in rates if candidate != best)
         figures = rates[best]
         parts = [
-            f"{best} measured fastest ({figures.batch_texts_per_s:.0f} texts/s in batches, {figures.short_text_ms:.1f} ms "
-            f"a short text; beside {others}); {cosine}"
+            f"{best} measured fastest ({figures.batch_per_s:.0f} {unit}s/s in batches, {figures.short_ms:.1f} ms "
+            f"a short {unit}; beside {others}); {nearness}"
         ]
     else:
-        parts = [f"{best}: the only one that was asked for or works here; {cosine}"]
-    return "; ".join([*parts, *gate.refused])
+        parts = [f"{best}: the only one that was asked for or works here; {nearness}"]
+    return "; ".join([*parts, *refused])

@@ -56,14 +56,18 @@ class CompiledGraph:
         form = self._side_by_side
         self._parts = [] if form is None else [form.create_infer_request() for _ in range(self.streams)]
 
-    def measure(self, most_tokens: int) -> None:
-        """Find out how long single texts up to *most_tokens* take one thread and all: about half a second, or one length."""
+    def measure(self, most_tokens: int, names: Sequence[str]) -> None:
+        """
+        Find out how long single texts up to *most_tokens* take one thread and all: about half a second, or one length.
+
+        *names* are the graph's inputs.
+        """
         if not self._parts:
             return
         until = time.monotonic() + MEASURE_S
         for tokens in [length for length in LENGTHS_TOKENS if length <= most_tokens] or [most_tokens]:
             one = np.ones((1, tokens), dtype=np.int64)
-            inputs = {"input_ids": one, "attention_mask": one}
+            inputs = dict.fromkeys(names, one)
             self._lengths.append(tokens)
             self._whole_s.append(_best_s(self._whole, inputs))
             self._part_s.append(_best_s(self._parts[0], inputs))

@@ -50,8 +50,7 @@ def load_modules(directory: Path, options: EncoderOptions, *, device: str) -> Se
             model_kwargs={"dtype": torch.float32},
         ).eval()
     except Exception as error:  # Damaged weights, unknown architectures and foreign code each raise something else.
-        hint = "; its code runs only with trust_remote_code" if "trust_remote_code" in str(error) else ""
-        raise InvalidModel(f"{directory} could not be loaded{hint}: {error}") from error
+        raise not_loaded(directory, error) from error
     modules = list(model.children())
     if not modules or not isinstance(modules[0], Transformer) or model.tokenizer is None:
         kind = type(modules[0]).__name__ if modules else "nothing"
@@ -60,6 +59,12 @@ def load_modules(directory: Path, options: EncoderOptions, *, device: str) -> Se
     if getattr(config, "use_cache", False):
         config.use_cache = False  # Keys and values for generating text, which nobody reads.
     return _with_pooling(model, options.pooling) if options.pooling else model
+
+
+def not_loaded(directory: Path, error: Exception) -> InvalidModel:
+    """Return what to raise where a library could not load the model in *directory*."""
+    hint = "; its code runs only with trust_remote_code" if "trust_remote_code" in str(error) else ""
+    return InvalidModel(f"{directory} could not be loaded{hint}: {error}")
 
 
 def without_normalize(model: SentenceTransformer) -> SentenceTransformer:
@@ -136,7 +141,7 @@ def describe(
     """
     transformer: Any = model[0]
     config = transformer.auto_model.config
-    max_tokens = _max_tokens(model, options.max_tokens)
+    max_tokens = max_tokens_of(model, options.max_tokens)
     tokenizer, tokenizer_json = make_tokenizer(model.tokenizer, max_tokens=max_tokens, samples=GOLDEN_TEXTS)
     pad_id = int(model.tokenizer.pad_token_id or 0)
     with _told_as_invalid(directory), torch.inference_mode():
@@ -178,10 +183,18 @@ def _modes(pooling: Pooling) -> tuple[str, ...]:
     return (pooling.pooling_mode,) if isinstance(pooling.pooling_mode, str) else tuple(pooling.pooling_mode)
 
 
-def _max_tokens(model: SentenceTransformer, asked: int | None) -> int:
+def max_tokens_of(model: Any, asked: int | None) -> int:
+    """
+    Return how many tokens a sentence-transformers *model* reads: as many as are *asked*, or its own limit.
+
+    Raises:
+        InvalidModel: It has fewer positions than are asked.
+    """
     transformer: Any = model[0]
     config = transformer.auto_model.config
     positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT)
+    if positions < 0:
+        positions = _NO_LIMIT  # XLNet's way to say so.
     if config.model_type in _OFFSET_POSITIONS:
         positions -= int(config.pad_token_id or 0) + 1
     if asked is not None:

@@ -91,13 +91,36 @@ class Encoder(Protocol):
         ...
 
 
+class Identified(Protocol):
+    """What a model's fingerprint is made of; see ModelDescription."""
+
+    @property
+    def files_digest(self) -> str:
+        """See ModelDescription."""
+        ...
+
+    @property
+    def variant(self) -> str:
+        """See ModelDescription."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """See ModelDescription."""
+        ...
+
+
 def fingerprint_of(encoder: Encoder, name: str) -> str:
     """
     Return the name under which vectors of *encoder* may be compared: equal fingerprints, equal vectors.
 
     fp32, bf16 and fp16 share one, for they are held within a cosine of 0.999 of each other; int8 has its own.
     """
-    description = encoder.description
-    lossy = "+int8" if encoder.precision == "int8" else ""
+    return fingerprint(name, encoder.description, encoder.precision)
+
+
+def fingerprint(name: str, description: Identified, precision: str) -> str:
+    """Return the name under which outputs of a model may be compared; see `fingerprint_of`."""
+    lossy = "+int8" if precision == "int8" else ""
     short = name.rstrip("/").rsplit("/", 1)[-1]
     return f"{short}@{description.files_digest[:16]}/{description.max_tokens}{description.variant}{lossy}"

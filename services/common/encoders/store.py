@@ -5,22 +5,20 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import structlog
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from services.common.encoders.description import ModelDescription
 from services.common.encoders.hardware import processor, usable_cores
 from services.common.encoders.protocol import EncoderOptions
-from services.common.encoders.tokenizer import TextTokenizer
 
 log = structlog.get_logger(__name__)
 
@@ -29,13 +27,39 @@ MEASURING_PATIENCE_S = 300.0
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers", "openvino", "numpy")
 
 
+class Description(Protocol):
+    """
+    What a model is.
+
+    *digest* changes with anything that may change what it computes; *dim* is how many numbers it gives for a sample.
+    """
+
+    @property
+    def digest(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """See the class."""
+        ...
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        ...
+
+
+DescriptionT = TypeVar("DescriptionT", bound=Description)
+TokenizerT = TypeVar("TokenizerT")
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """
     What computes a model on this machine, and why.
 
-    *golden* has fp32's vectors of SHORT_GOLDEN_TEXTS, float32 [n, dim]; at each start the runtime's own must be
-    within a cosine of *floor* of them.
+    *golden* has fp32's outputs for a few short samples, float32 [n, dim]; at each start the nearness of the runtime's
+    own to them must be *floor* at least.
     """
 
     runtime: str
@@ -48,18 +72,12 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Generic[DescriptionT, TokenizerT]):
     """A model as it was found at an earlier start; *tokenizer* is None where it needs transformers."""
 
-    description: ModelDescription
-    tokenizer: TextTokenizer | None
+    description: DescriptionT
+    tokenizer: TokenizerT | None
     choice: Choice
-
-
-def default_cache_dir() -> Path:
-    """Return `$XDG_CACHE_HOME/tercet`, else `~/.cache/tercet`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tercet"
 
 
 def choice_key(digest: str, variant: str, options: EncoderOptions, device: str) -> str:
@@ -92,13 +110,23 @@ class EncoderStore:
     def __init__(self, cache_dir: Path) -> None:
         self.cache_dir = cache_dir
 
-    def load(self, key: str, *, name: str, directory: Path) -> Kept | None:
-        """Return what is kept under *key*; None where there is nothing or it is damaged."""
+    def load(
+        self,
+        key: str,
+        read_description: Callable[[str], DescriptionT],
+        read_tokenizer: Callable[[str, DescriptionT], TokenizerT],
+    ) -> Kept[DescriptionT, TokenizerT] | None:
+        """
+        Return what is kept under *key*; None where there is nothing or it is damaged.
+
+        The two functions raise ValueError for what was not written by this version.
+        """
         try:
             values = json.loads(self._choice_file(key).read_bytes())
-            description = ModelDescription.from_json(values["description"], name=name, directory=directory)
+            description = read_description(values["description"])
             choice = _choice_of(values["choice"], description.dim)
-            tokenizer = self._load_tokenizer(values["tokenizer"], description.max_tokens)
+            digest = values["tokenizer"]
+            tokenizer = None if digest is None else read_tokenizer(self._tokenizer_json(digest), description)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -106,15 +134,13 @@ class EncoderStore:
             return None
         return Kept(description, tokenizer, choice)
 
-    def _load_tokenizer(self, digest: str | None, max_tokens: int) -> TextTokenizer | None:
-        if digest is None:
-            return None
+    def _tokenizer_json(self, digest: str) -> str:
         content = self._tokenizer_file(digest).read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
             raise ValueError("the kept tokenizer has changed")
-        return TextTokenizer.from_json(content.decode(), max_tokens=max_tokens)
+        return content.decode()
 
-    def save(self, key: str, description: ModelDescription, tokenizer_json: str | None, choice: Choice) -> None:
+    def save(self, key: str, description: Description, tokenizer_json: str | None, choice: Choice) -> None:
         """Keep these; a directory that cannot be written to is logged."""
         digest = None
         try:

@@ -1,8 +1,11 @@
 """Text to token ids, by the `tokenizers` library alone where it says the same as the model's own tokenizer."""
 
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from services.common.tokens import TokenPiece, Tokens, TruncationDirection
@@ -12,10 +15,15 @@ _CHARS_A_TOKEN = 24
 # Tokens beside a cut that may differ from the whole text's, and are never used.
 _CUT_MARGIN_TOKENS = 64
 
+Ids = NDArray[np.int32]
+Offsets = NDArray[np.int32]
+
 
 class TextTokenizer:
     """
     A model's tokenizer. Every method may be called from any thread.
+
+    *before* and *after* are the ids of the special tokens that the model has around every text.
 
     The library keeps how it truncates as state that threads would share, so texts are tokenised uncut here and the
     ids are cut: the special tokens at both ends stay.
@@ -26,9 +34,11 @@ class TextTokenizer:
         tokenizer.no_padding()
         self._tokenizer: Any = tokenizer
         self.max_tokens = max_tokens
-        added = tokenizer.encode("a").special_tokens_mask
-        self._before = added.index(0) if 0 in added else len(added)
-        self._after = len(added) - self._before - added.count(0)
+        sample = tokenizer.encode("a")
+        added = sample.special_tokens_mask
+        first = added.index(0) if 0 in added else len(added)
+        self.before: list[int] = sample.ids[:first]
+        self.after: list[int] = sample.ids[first + added.count(0) :]
 
     @classmethod
     def from_json(cls, text: str, *, max_tokens: int) -> "TextTokenizer":
@@ -68,8 +78,8 @@ class TextTokenizer:
     def _cut(self, ids: list[int], limit: int, direction: TruncationDirection) -> Tokens:
         if len(ids) <= limit:
             return Tokens(ids, False)
-        before, after = ids[: self._before], ids[len(ids) - self._after :]
-        content = ids[self._before : len(ids) - self._after]
+        before, after = ids[: len(self.before)], ids[len(ids) - len(self.after) :]
+        content = ids[len(self.before) : len(ids) - len(self.after)]
         room = max(0, limit - len(before) - len(after))
         kept = content[:room] if direction == "right" else content[len(content) - room :]
         return Tokens([*before, *kept, *after][:limit], True)
@@ -91,6 +101,22 @@ class TextTokenizer:
             chars *= 4
         return self._cut(self._encode([text])[0], limit, direction)
 
+    def content(self, texts: Sequence[str]) -> list[tuple[Ids, Offsets | None]]:
+        """
+        Tokenise whole *texts* in order, uncut and without the special tokens around them.
+
+        Beside its ids, shape [tokens], each has the characters that its tokens cover, shape [tokens, 2]: first and
+        one after the last. They are None where the tokenizer does not know.
+        """
+        if len(texts) == 1:
+            encodings = [self._tokenizer.encode(texts[0], add_special_tokens=False)]
+        else:
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (np.array(one.ids, dtype=np.int32), np.array(one.offsets, dtype=np.int32).reshape(-1, 2))
+            for one in encodings
+        ]
+
     def pieces(self, text: str, add_special_tokens: bool = True) -> list[TokenPiece]:
         """Return every token of *text*, uncut; a piece's text is the part of *text* that it covers."""
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -99,6 +125,16 @@ class TextTokenizer:
             TokenPiece(id_, token, True, None, None) if added else TokenPiece(id_, text[start:stop], False, start, stop)
             for id_, token, (start, stop), added in rows
         ]
+
+    def punctuation(self) -> NDArray[np.int32]:
+        """Return the ids of tokens that are a punctuation mark of ASCII: alone, after a word, or after a space."""
+        found = set()
+        for mark in string.punctuation:
+            for ids, _ in self.content([mark, f"a{mark}", f"a {mark}"]):
+                last = ids[-1:].tolist()
+                if self.decode(last).strip() == mark:
+                    found.update(last)
+        return np.array(sorted(found), dtype=np.int32)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text that *ids* stand for; ids that the vocabulary lacks stand for nothing."""
@@ -118,8 +154,9 @@ class PythonTokenizer(TextTokenizer):
         self.max_tokens = max_tokens
         bare, whole = self._ids("a", False), self._ids("a", True)
         starts = (at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
-        self._before = next(starts, 0)
-        self._after = len(whole) - self._before - len(bare)
+        first = next(starts, 0)
+        self.before = whole[:first]
+        self.after = whole[first + len(bare) :]
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._slow(text, add_special_tokens=add_special_tokens, truncation=False)["input_ids"]
@@ -127,6 +164,10 @@ class PythonTokenizer(TextTokenizer):
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._ids(text, True) for text in texts]
+
+    def content(self, texts: Sequence[str]) -> list[tuple[Ids, Offsets | None]]:
+        """See TextTokenizer; the offsets are None."""
+        return [(np.array(self._ids(text, False), dtype=np.int32), None) for text in texts]
 
     def pieces(self, text: str, add_special_tokens: bool = True) -> list[TokenPiece]:
         """See TextTokenizer."""

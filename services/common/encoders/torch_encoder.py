@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ from services.common.encoders.modules import TraceableEncoder
 from services.common.encoders.tokenizer import TextTokenizer
 from services.common.tokens import Tokens, TruncationDirection
 
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def reduced(modules: TraceableEncoder, precision: str) -> TraceableEncoder:
+def reduced(modules: ModuleT, precision: str) -> ModuleT:
     """Return a copy of *modules* whose weights are *precision*; buffers (positions' frequencies) stay as they are."""
     made = copy.deepcopy(modules)
     for parameter in made.parameters():

@@ -80,6 +80,7 @@ CollectionName = Annotated[
 ]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(_storable)]
 LongText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_storable)]
+RerankedText = Annotated[str, StringConstraints(max_length=MAX_INPUT_CHARS), AfterValidator(_storable)]
 
 
 def _explain(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:

@@ -108,19 +108,18 @@ class TeiPooling(ReplyModel):
 
 
 class TeiModelType(ReplyModel):
-    """What kind of model answers; this service has embedding models alone."""
+    """What kind of model answers; the embedding service has embedding models alone."""
 
     embedding: TeiPooling
 
 
-class TeiInfo(ReplyModel):
-    """`GET /info`."""
+class TeiServerInfo(ReplyModel):
+    """What `GET /info` tells whatever the kind of model."""
 
     model_id: str
     model_sha: str | None
     model_dtype: str
     served_model_name: str
-    model_type: TeiModelType
     max_concurrent_requests: int
     max_input_length: int
     max_batch_tokens: int
@@ -131,6 +130,12 @@ class TeiInfo(ReplyModel):
     version: str
     sha: str | None = None
     docker_label: str | None = None
+
+
+class TeiInfo(TeiServerInfo):
+    """`GET /info` of a server of embedding models."""
+
+    model_type: TeiModelType
 
 
 class TeiError(ReplyModel):

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from services.common.app import caller_of, charge_tokens, deadline_of, service_of
-from services.common.errors import EmptyInput, NotReady
+from services.common.app import caller_of, charge_tokens, deadline_of
+from services.common.errors import EmptyInput
 from services.common.http_errors import JsonRoute
+from services.common.tei_http import DTYPES, add_health, cost_headers
 from services.common.tokens import TokenPiece
 from services.common.wire.openai import OpenAIEmbeddingReply
 from services.common.wire.tei import (
@@ -42,7 +43,6 @@ from services.embedding.ports import ModelInfo
 from services.embedding.resources import embedding_of, models_of
 from services.embedding.routes import lane_of
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 POOLINGS = {"lasttoken": "last_token"}
 
 router = APIRouter(
@@ -66,19 +66,15 @@ def _options(
 
 
 def _headers(embedder: Embedder, made: Embeddings | TokenEmbeddings, started: float) -> dict[str, str]:
-    """Return TEI's headers: what was computed, and where the time since *started* went, in whole milliseconds."""
-    total_ms = str(int((time.perf_counter() - started) * 1000))
-    device = "cpu" if embedder.info.device == "cpu" else "gpu"
-    return {
-        "x-compute-type": f"{device}+optimized",
-        "x-compute-time": total_ms,
-        "x-compute-characters": str(made.characters),
-        "x-compute-tokens": str(sum(made.tokens)),
-        "x-total-time": total_ms,
-        "x-tokenization-time": str(int(made.tokenization_ms)),
-        "x-queue-time": str(int(made.queue_ms)),
-        "x-inference-time": str(int(made.inference_ms)),
-    }
+    return cost_headers(
+        started,
+        on_cpu=embedder.info.device == "cpu",
+        characters=made.characters,
+        tokens=sum(made.tokens),
+        tokenization_ms=made.tokenization_ms,
+        queue_ms=made.queue_ms,
+        inference_ms=made.inference_ms,
+    )
 
 
 @router.post("/embed", summary="TEI: inputs to vectors", responses={200: {"model": list[list[float]]}})
@@ -206,16 +202,7 @@ async def decode(request: Request, body: TeiDecodeRequest) -> list[str]:
         return await embedder.decode(sequences, skip_special_tokens=body.skip_special_tokens)
 
 
-@router.get("/health", summary="TEI: 200 with an empty body, or 503")
-@router.get("", include_in_schema=False)
-@router.get("/", include_in_schema=False)
-@router.get("/ping", include_in_schema=False)
-async def health(request: Request) -> Response:
-    """Answer 200 while requests can be served."""
-    reasons = service_of(request).not_ready_because()
-    if reasons:
-        raise NotReady(f"unhealthy: {', '.join(reasons)}")
-    return Response()
+add_health(router)
 
 
 @router.get("/info", summary="TEI: the model and the limits")
