@@ -12,8 +12,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import cast
@@ -34,6 +34,7 @@ class Plan:
     pause_s: float = 0.0
     rate_per_s: float | None = None
     seed: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Connection(asyncio.Protocol):
@@ -149,7 +150,8 @@ class Client:
 
 def requests_of(plan: Plan) -> Iterator[bytes]:
     """Return the plan's requests as bytes on the wire, endlessly."""
-    head = f"POST {plan.path} HTTP/1.1\r\nHost: {plan.host}\r\nContent-Type: application/json\r\n"
+    headers = {"Host": plan.host, "Content-Type": "application/json", **plan.headers}
+    head = "\r\n".join([f"POST {plan.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), ""])
     return cycle(
         [
             f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -187,7 +187,7 @@ def tercet(name: str = OURS, *, model: str = DEFAULT_MODEL, **environ: str) -> S
     """Return our own service with *environ* added to its variables."""
 
     def body(texts: Sequence[str], fields: Mapping[str, str]) -> bytes:
-        return _json({"inputs": texts[0] if len(texts) == 1 else texts, **fields})
+        return as_json({"inputs": texts[0] if len(texts) == 1 else texts, **fields})
 
     return ServerSpec(
         name,
@@ -199,43 +199,36 @@ def tercet(name: str = OURS, *, model: str = DEFAULT_MODEL, **environ: str) -> S
     )
 
 
+def infinity(model: str, path: str, body: Callable[[Sequence[str], Mapping[str, str]], bytes]) -> ServerSpec | None:
+    """Return Infinity with *model*, a directory, asked at *path*; None, having said so, where `make bench-peers` was not run."""
+    executable = PEERS / "infinity" / ".venv" / "bin" / "infinity_emb"
+    if not executable.exists():
+        print(f"{INFINITY} is left out: {executable} is missing (`make bench-peers` installs it)")
+        return None
+    options = f"--engine torch --device cpu --no-vector-disk-cache --host 127.0.0.1 --model-id {model}".split()
+    return ServerSpec(
+        INFINITY,
+        command=lambda port: [str(executable), "v2", *options, "--port", str(port)],
+        environ=lambda port: {"INFINITY_ANONYMOUS_USAGE_STATS": "0"},
+        ready_path="/health",
+        path=path,
+        body=body,
+    )
+
+
 def peers() -> list[ServerSpec]:
     """Return the peers that `make bench-peers` has prepared; say which are missing."""
     model = str(model_directory())
-    infinity = PEERS / "infinity" / ".venv" / "bin" / "infinity_emb"
-    options = f"--engine torch --device cpu --no-vector-disk-cache --host 127.0.0.1 --model-id {model}".split()
-    found = [
-        ServerSpec(
-            NAIVE,
-            command=lambda port: [
-                sys.executable,
-                "-m",
-                "uvicorn",
-                "benchmarks.peers.naive.app:app",
-                "--port",
-                str(port),
-            ],
-            environ=lambda port: {"MODEL": model},
-            ready_path="/health",
-            path="/embed",
-            body=lambda texts, fields: _json({"texts": list(texts)}),
-        )
-    ]
-    if infinity.exists():
-        found.insert(
-            0,
-            ServerSpec(
-                INFINITY,
-                command=lambda port: [str(infinity), "v2", *options, "--port", str(port)],
-                environ=lambda port: {"INFINITY_ANONYMOUS_USAGE_STATS": "0"},
-                ready_path="/health",
-                path="/embeddings",
-                body=lambda texts, fields: _json({"input": list(texts), "model": model}),
-            ),
-        )
-    else:
-        print(f"{INFINITY} is left out: {infinity} is missing (`make bench-peers` installs it)")
-    return found
+    naive = ServerSpec(
+        NAIVE,
+        command=lambda port: [sys.executable, "-m", "uvicorn", "benchmarks.peers.naive.app:app", "--port", str(port)],
+        environ=lambda port: {"MODEL": model},
+        ready_path="/health",
+        path="/embed",
+        body=lambda texts, fields: as_json({"texts": list(texts)}),
+    )
+    found = infinity(model, "/embeddings", lambda texts, fields: as_json({"input": list(texts), "model": model}))
+    return [naive] if found is None else [found, naive]
 
 
 @contextmanager
@@ -274,13 +267,12 @@ def free_port() -> int:
 def start(spec: ServerSpec, log: Path, port: int | None = None) -> Running:
     """Start *spec* on *port*, or a free one, with its output in *log*, and do not wait."""
     port = port or free_port()
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
     offline = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             spec.command(port),
             cwd=ROOT,
-            env={**inherited, **offline, **spec.environ(port)},
+            env={**inherited(), **offline, **spec.environ(port)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -289,5 +281,11 @@ def start(spec: ServerSpec, log: Path, port: int | None = None) -> Running:
     return Running(spec, port, process, log)
 
 
-def _json(value: object) -> bytes:
+def inherited() -> dict[str, str]:
+    """Return this process's variables without those that set up a service: every server is told all that it is to know."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
+
+
+def as_json(value: object) -> bytes:
+    """Return *value* as compact JSON."""
     return json.dumps(value, separators=(",", ":")).encode()
