@@ -1,8 +1,9 @@
 """One scorer behind one batcher: texts to raw scores, a long document's by its best passage."""
 
 import asyncio
+import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from math import inf
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from services.common.batching import Batcher, DeviceTurn, Lane
 from services.common.errors import BackendFailed, DeadlineExceeded, Overloaded
 from services.common.tracing import span
-from services.rerank.ports import Backend, DocumentTokens, QueryTokens, SharesVectors, Window
+from services.rerank.ports import KEY_BYTES, Backend, DocumentTokens, QueryTokens, SharesVectors, Window
 from services.rerank.score_cache import ScoreCache, ScoreKeys, found_within
 from services.rerank.scores import RawScore, RawScores, ScoreOptions, SharedBytes, Timings
 from services.rerank.tokenized import Chunk, TokenizedDocuments
@@ -49,6 +50,7 @@ class _Engine:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.tokens = backend.cost_tokens
+        self.pads = not isinstance(backend, SharesVectors)  # Otherwise known vectors cost nothing beside new ones.
 
     def prepare(self, items: Sequence[Window]) -> Sequence[Window]:
         """See Engine: they were tokenised before."""
@@ -110,8 +112,9 @@ class Scorer:
     async def start(self) -> None:
         """Start the batcher and measure what batches cost (about a second, for a real model)."""
         await self.batcher.start()
-        if self._shares is None:  # Otherwise only the first time that it sees a text counts: it learns as it goes.
-            await self.batcher.calibrate(self._sample)
+        await self.batcher.calibrate(self._samples())
+        if self._shares is not None:
+            self._shares.fresh()  # Nobody needs the vectors of samples.
 
     async def aclose(self) -> None:
         """Finish what is queued, stop, and give the model's memory back."""
@@ -325,11 +328,17 @@ class Scorer:
         room = self.backend.room(QueryTokens(b"", text.ids[:0], cut=False))
         return Window(QueryTokens(text.key, text.ids[:room], cut=len(text.ids) > room), None, 0, 0)
 
-    def _sample(self, tokens: int) -> Window:
-        """Return a window of about *tokens* tokens."""
+    def _samples(self) -> Callable[[int], Window]:
+        """Return what makes windows of about so many tokens, each of a document that was never seen before."""
         query = self.backend.tokenize_query("word")
-        document = self.backend.tokenize(["word " * tokens])[0]
-        return Window(query, document, 0, min(len(document.ids), tokens, self.backend.room(query)))
+        room = self.backend.room(query)
+        document = self.backend.tokenize(["word " * room])[0]
+
+        def sample(tokens: int) -> Window:
+            # No text has such a key, so nothing that is kept under it is ever used.
+            return Window(query, document._replace(key=os.urandom(KEY_BYTES)), 0, min(len(document.ids), tokens, room))
+
+        return sample
 
 
 def _work_key(part: Window) -> tuple[bytes, bytes, int, int]:

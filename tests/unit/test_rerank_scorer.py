@@ -366,6 +366,22 @@ async def test_token_vectors_travel(start):
     assert len(shelf.asked) == 1
 
 
+async def test_warm_up_leaves_no_token_vectors():
+    """What batches cost is measured with documents never seen before; nothing of them is offered to other processes."""
+    shelf, backend = Shelf(), SharingScorer()
+    scorer = Scorer(backend, LIMITS, vectors=shelf)
+    try:
+        await scorer.start()
+        seen = [window.document.key for window in backend.scored]
+        assert len(seen) == len(set(seen)) > 100
+        assert scorer.batcher.cost.ready
+        assert max(len(window.document.ids[: window.end]) for window in backend.scored) > 200
+        assert values(await raw(scorer, "word", ["word", "word " * 200])) == [1.0, 1.0]
+        assert len(shelf.held) == 2
+    finally:
+        await scorer.aclose()
+
+
 # --- classification -------------------------------------------------------------------------------------------------
 
 

@@ -94,14 +94,15 @@ class Batcher(Generic[ItemT, OutputT]):
         """
         Measure what batches cost, at warm-up: about a second, less if the model is slow.
 
-        *make_item* returns an item of about so many tokens; one that is shorter, as a model's limit may have it, serves too.
+        *make_item* returns an item of about so many tokens, a new one each time if the model remembers what it saw; one
+        that is shorter, as a model's limit may have it, serves too.
 
         Raises:
             BackendFailed, InvalidInput, NotReady: What the engine or its worker raised; what was measured before is used.
         """
         await calibrate(
             self.cost,
-            lambda count, tokens: self._measure([make_item(tokens)] * count),
+            lambda count, tokens: self._measure([make_item(tokens) for _ in range(count)]),
             max_batch_tokens=self._max_batch_tokens,
             max_batch_items=self._max_batch_items,
         )

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from services.common.batching.cost import CostModel, Sample
 
-MEASURE_S = 1.2  # The last batch begins only if it should end before this.
+MEASURE_S = 1.0  # The last batch begins only if it should end before this.
 LENGTHS_TOKENS = (8, 32, 128, 256)
 BATCHES_TOKENS = (
     1,

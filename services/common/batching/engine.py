@@ -16,9 +16,10 @@ class Engine(Protocol[Item, Prepared, Output]):
     """
     What is batched: a model with its tokenizer. Methods run in threads; `run` always in the same one.
 
-    Two methods more are optional. `quick(items) -> bool` says that preparing *items* takes a few tens of microseconds
+    More is optional. `quick(items) -> bool` says that preparing *items* takes a few tens of microseconds
     and may be done in the event loop, beside calls of `prepare` in other threads; without it nothing is. `size(item) -> int`
-    is what preparing an item costs, in characters; without it items count as small.
+    is what preparing an item costs, in characters; without it items count as small. `pads`, a bool, says whether an item in a
+    batch costs as much as the longest; without it, it does.
     """
 
     def prepare(self, items: Sequence[Item]) -> Sequence[Prepared]:

@@ -9,12 +9,17 @@ fill another caller's batch are paid for too. A caller's submissions take turns 
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
-from itertools import islice
+from itertools import islice, zip_longest
+from operator import itemgetter
 from typing import Any
 
 from services.common.batching.packing import Fits, allot, pack
+from services.common.batching.urgency import Predict, in_time, is_late
+
+# Where not all can be done in time, the batch is looked for among so many: enough for a crowd to be in view.
+URGENT_WINDOW = 256
 
 
 class Lane(StrEnum):
@@ -38,9 +43,9 @@ class Entry:
 
 
 class Flow:
-    """The entries of one submission that wait, first in, first out."""
+    """The entries of one submission that wait, first in, first out, and how many have gone into batches."""
 
-    __slots__ = ("caller", "entries", "lane", "tokens", "waiting")
+    __slots__ = ("caller", "entries", "lane", "served", "tokens", "waiting")
 
     def __init__(self, lane: Lane, caller: str) -> None:
         self.lane = lane
@@ -48,6 +53,7 @@ class Flow:
         self.entries: deque[Entry] = deque()  # Those that left stay until they come to the front, or are most of it.
         self.waiting = 0
         self.tokens = 0
+        self.served = 0
 
     def add(self, entry: Entry) -> None:
         entry.flow = self
@@ -162,12 +168,31 @@ class _LaneQueue:
         shares = allot([one.waiting for one in callers], places)
         return [entry for one, share in zip(callers, shares, strict=True) for entry in one.first(share)]
 
+    def by_turns(self, window: list[Entry]) -> list[Entry]:
+        """
+        Return *window*, its first still first: callers alternate, who has paid least first, and a caller's submissions
+        follow each other by how few of their entries have gone into batches.
+        """
+        had: dict[Flow, int] = {}
+        callers: dict[str, list[tuple[int, Entry]]] = {}
+        for position, entry in enumerate(window):
+            flow = entry.flow
+            assert flow is not None
+            before = had.get(flow, flow.served)
+            had[flow] = before + 1
+            callers.setdefault(flow.caller, []).append((before if position else -1, entry))
+        head, *others = callers
+        order = [head, *sorted(others, key=lambda name: -self.callers[name].deficit)]
+        ranked = [sorted(callers[name], key=itemgetter(0)) for name in order]
+        return [each[1] for turn in zip_longest(*ranked) for each in turn if each is not None]
+
     def take(self, head: _Caller, head_flow: Flow, batch: list[Entry]) -> None:
         """Remove *batch* and have it paid for; *head* pays a quarter of a quantum at least, and its turn passes on."""
         alone = len(self.callers) == 1
         before = head.deficit
         for entry in batch:
             assert entry.flow is not None
+            entry.flow.served += 1
             self.remove(entry.flow, entry).deficit -= entry.tokens
         head.deficit = min(head.deficit, before - self._quantum // 4)
         if alone:
@@ -189,15 +214,29 @@ class LaneQueues:
     """
     Callers take turns inside a lane, and batches are packed by length.
 
-    A batch always holds the head of the turn, with those of up to *sort_window* entries, shared out equally among
+    A batch holds the head of the turn, with those of up to *sort_window* entries, shared out equally among
     callers and their submissions, that are nearest to it in length, as far as `entries × longest ≤ max_batch_tokens`:
     little padding, and nobody waits for ever. A caller that joins *n* others heads one of the next 4 × (n + 1) batches
     of its lane. Bulk gets the batch after every *bulk_turn* of queries while queries wait; otherwise queries go first.
 
-    Adding, removing and moving an entry take constant time, a batch takes time in proportion to *sort_window*.
+    Where such a batch should end too late for anything that it is chosen from, not all can be done in time: then it is
+    one that should end in time for all in it (see `in_time`), the head of the turn if that can be, then of submissions
+    that had least. So time goes to what can still be used, and each gets some of it.
+
+    Adding, removing and moving an entry take constant time, a batch takes time in proportion to *sort_window*, and to
+    URGENT_WINDOW where not all can be done in time.
     """
 
-    def __init__(self, *, max_batch_tokens: int, max_batch_items: int, sort_window: int, bulk_turn: int = 4) -> None:
+    def __init__(
+        self,
+        *,
+        max_batch_tokens: int,
+        max_batch_items: int,
+        sort_window: int,
+        bulk_turn: int = 4,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._lanes: dict[Lane, _LaneQueue] = {lane: _LaneQueue(max_batch_tokens) for lane in Lane}
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_items = max_batch_items
@@ -223,7 +262,7 @@ class LaneQueues:
 
     def add(self, flow: Flow, entry: Entry) -> None:
         """Add *entry* at the end of *flow*, which waits in its lane from now on."""
-        entry.queued_at = time.monotonic()
+        entry.queued_at = self._clock()
         self._lanes[flow.lane].add(flow, entry)
 
     def remove(self, entry: Entry) -> bool:
@@ -247,13 +286,16 @@ class LaneQueues:
             self.remove(entry)
         return entries
 
-    def next_batch(self, *, max_tokens: int | None = None, bulk_fits: Fits | None = None) -> tuple[Lane, list[Entry]]:
+    def next_batch(
+        self, *, max_tokens: int | None = None, bulk_fits: Fits | None = None, predict: Predict | None = None
+    ) -> tuple[Lane, list[Entry]]:
         """
         Remove and return the next batch, shortest entry first; empty when nothing that is still wanted waits.
 
         It stays within *max_tokens*, and a bulk batch within what *bulk_fits* allows, though never less than one entry.
+        Without *predict*, which tells how long a batch should take, only what has expired is left out.
         """
-        now = time.monotonic()
+        now = self._clock()
         lane = self._next_lane()
         queue = self._lanes[lane]
         budget = self._max_batch_tokens if max_tokens is None else min(self._max_batch_tokens, max_tokens)
@@ -265,17 +307,29 @@ class LaneQueues:
         while queue.waiting:
             caller = queue.turn()
             window = queue.window(caller, self._sort_window)
-            expired = [entry for entry in window if entry.deadline_at <= now]
-            for entry in expired:
-                self.remove(entry)
-            if expired:
+            if self._drop_expired(window, now):
                 continue
             head = window[0]
-            assert head.flow is not None
+            head_flow = head.flow
+            assert head_flow is not None
             batch = pack(head, window, max_items=self._max_batch_items, fits=fits)
-            queue.take(caller, head.flow, batch)
+            most_s = 0.0 if predict is None else predict(len(batch), batch[-1].tokens)
+            if predict is not None and is_late(window, most_s, now):
+                window = queue.window(caller, URGENT_WINDOW)
+                if self._drop_expired(window, now):
+                    continue
+                turns, most = queue.by_turns(window), self._max_batch_items
+                batch = in_time(turns, now, most_s=most_s, predict=predict, fits=fits, max_items=most)
+            queue.take(caller, head_flow, batch)
             return lane, batch
         return lane, []
+
+    def _drop_expired(self, window: list[Entry], now: float) -> bool:
+        """Remove those of *window* that nobody wants any more; return whether there were any."""
+        expired = [entry for entry in window if entry.deadline_at <= now]
+        for entry in expired:
+            self.remove(entry)
+        return bool(expired)
 
     def _next_lane(self) -> Lane:
         query, bulk = self._lanes[Lane.QUERY].waiting, self._lanes[Lane.BULK].waiting

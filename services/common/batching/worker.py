@@ -57,6 +57,7 @@ class Worker:
         self.last_query_at = -QUERY_QUIET_S
         self.observe: Callable[[BatchObservation], None] = lambda _batch: None
         self._engine = engine
+        self._pads: bool = getattr(engine, "pads", True)
         self._cost = cost
         self._hang_s = hang_s
         self._turn = turn
@@ -81,7 +82,7 @@ class Worker:
             self.changed.notify()
 
     def measure(self, batch: list[Work]) -> None:
-        """Run exactly *batch* next; the cost model does not learn from it."""
+        """Run exactly *batch* next; the cost model does not learn from it, and nobody is told of it."""
         with self.changed:
             self._measured.append(batch)
             self.wake()
@@ -142,7 +143,9 @@ class Worker:
                 return Lane.QUERY, self._measured.popleft()
             queries_arrive = time.monotonic() - self.last_query_at < QUERY_QUIET_S
             lane, batch = self.queues.next_batch(
-                max_tokens=self.batch_budget_tokens(), bulk_fits=self._fits_bulk_slice if queries_arrive else None
+                max_tokens=self.batch_budget_tokens(),
+                bulk_fits=self._fits_bulk_slice if queries_arrive else None,
+                predict=self._cost.predict_s if self._cost.ready else None,
             )
             works = cast(list[Work], batch)
             for work in works:
@@ -153,9 +156,9 @@ class Worker:
         return self._cost.predict_s(items, longest) <= BULK_BATCH_S
 
     def _run(self, lane: Lane, batch: list[Work]) -> None:
-        longest = batch[-1].tokens
+        items, longest = self._size(batch)
         started = time.monotonic()
-        self._running = started, self._cost.predict_s(len(batch), longest)
+        self._running = started, self._cost.predict_s(items, longest)
         try:
             outputs = self._engine.run([work.prepared for work in batch])
             if len(outputs) != len(batch):
@@ -165,15 +168,23 @@ class Worker:
             return
         seconds = time.monotonic() - started
         self._deliver(batch, outputs, started, seconds)
-        if not batch[0].measured:
-            self._cost.observe(len(batch), longest, seconds)
+        if batch[0].measured:
+            return
+        self._cost.observe(items, longest, seconds)
         self._memory_tokens = min(self._max_batch_tokens, self._memory_tokens + self._memory_tokens // 1024 + 1)
         tokens = sum(work.tokens for work in batch)
         waits_s = [started - work.queued_at for work in batch]
         try:
-            self.observe(BatchObservation(lane, len(batch), tokens, len(batch) * longest, seconds, waits_s))
+            self.observe(BatchObservation(lane, len(batch), tokens, items * longest, seconds, waits_s))
         except Exception as error:
             log.error("batch_observer_failed", exc_info=error)
+
+    def _size(self, batch: list[Work]) -> tuple[int, int]:
+        """Return how many items of the longest length *batch* amounts to, and that length in tokens."""
+        longest = batch[-1].tokens
+        if self._pads or not longest:
+            return len(batch), longest
+        return -(-sum(work.tokens for work in batch) // longest), longest
 
     def _isolate(self, lane: Lane, batch: list[Work], error: Exception) -> None:
         """Run *batch*, which failed, in halves; an item that fails alone fails those who want it."""
