@@ -25,6 +25,7 @@ from tercet.commands import (
     search,
     snapshot,
     status,
+    train_reranker,
     up,
 )
 from tercet.commands.offline import PASS_ON
@@ -82,6 +83,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("demo-eval")(demo.demo_eval)
 app.command("export", context_settings=PASS_ON)(export.export)
 app.command("fit-pca", context_settings=PASS_ON)(fit_pca.fit_pca)
+app.command("train-reranker", context_settings=PASS_ON)(train_reranker.train_reranker)
 app.command("snapshot", context_settings=PASS_ON)(snapshot.snapshot)
 app.command("restore", context_settings=PASS_ON)(restore.restore)
 app.command("plan")(plan.plan)

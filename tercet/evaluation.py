@@ -23,6 +23,7 @@ MODES: dict[str, dict[str, Any]] = {
 MEASURES = (nDCG @ 10, R @ 100, RR @ 10)
 MEASURE_NAMES = tuple(str(measure) for measure in MEASURES)
 _QRELS = ("qrels.tsv", "qrels/test.tsv")
+_QUERIES = ("queries.jsonl",)
 
 
 class DatasetError(Exception):
@@ -85,21 +86,59 @@ def load_beir(folder: Path, *, qrels: Path | None = None) -> Beir:
         DatasetError: A file is missing or cannot be read as what it should be, or no query is judged.
     """
     judgements_file = qrels or _find(folder, _QRELS)
-    if not judgements_file.is_file():
-        raise DatasetError(f"{judgements_file}: no such file")
-    judgements = _read_qrels(judgements_file)
-    queries_file = _find(folder, ("queries.jsonl",))
+    queries_file = _find(folder, _QUERIES)
     corpus = _find(folder, ("corpus.jsonl",))
-    queries = {}
-    for place, entry in _json_lines(queries_file):
+    return Beir(folder, corpus, *_read_judged(judgements_file, queries_file))
+
+
+def load_judged(place: Path, *, queries: Path | None = None) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    """
+    Read queries by id, and the graded judgements of each; only queries that are judged are returned, in their order.
+
+    *place* is a folder as `load_beir` reads it, whose documents are not needed; or a file of judgements like its
+    `qrels.tsv`, with the file *queries*, else the `queries.jsonl` beside it; or lines of `{"query": …, "answers": [ids]}`
+    in a file named `….jsonl`, whose answers have grade 1. Each file may be compressed, its name ending in `.gz`.
+
+    Raises:
+        DatasetError: A file is missing or cannot be read as what it should be, or no query is judged.
+    """
+    if place.name.removesuffix(".gz").endswith(".jsonl"):
+        return _read_answers(place)
+    judgements_file = _find(place, _QRELS) if place.is_dir() else place
+    beside = place if place.is_dir() else place.parent
+    return _read_judged(judgements_file, queries or _find(beside, _QUERIES))
+
+
+def _read_judged(qrels: Path, queries: Path) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    if not qrels.is_file():
+        raise DatasetError(f"{qrels}: no such file")
+    judgements = _read_qrels(qrels)
+    found = {}
+    for place, entry in _json_lines(queries):
         id_, text = _id(entry, place), entry.get("text")
         if not isinstance(text, str):
             raise DatasetError(f"{place}: 'text' must be a string")
         if id_ in judgements and text.strip():
-            queries[id_] = _clean(text)
+            found[id_] = _clean(text)
+    if not found:
+        raise DatasetError(f"none of the queries in {queries} is judged in {qrels}")
+    return found, {id_: judgements[id_] for id_ in found}
+
+
+def _read_answers(file: Path) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    queries: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    for place, entry in _json_lines(file):
+        query, answers = entry.get("query"), entry.get("answers")
+        if not isinstance(query, str) or not isinstance(answers, list):
+            raise DatasetError(f"{place}: 'query' must be a string, and 'answers' a list of ids")
+        if query.strip() and answers:
+            id_ = str(len(queries))
+            queries[id_] = _clean(query)
+            qrels[id_] = {_id({"_id": answer}, place): 1 for answer in answers}
     if not queries:
-        raise DatasetError(f"none of the queries in {queries_file} is judged in {judgements_file}")
-    return Beir(folder, corpus, queries, {id_: judgements[id_] for id_ in queries})
+        raise DatasetError(f"{file}: no query has an answer")
+    return queries, qrels
 
 
 def measure(qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Sequence[str]]) -> dict[str, float]:

@@ -31,14 +31,38 @@ def new_student(embedding_model: Path, *, max_tokens: int, seed: int, device: st
     head = Dense(dimensions, 1, activation_function=nn.Identity(), module_output_name="scores")
     nn.init.normal_(head.linear.weight, std=_HEAD_DEVIATION)
     nn.init.zeros_(head.linear.bias)
-    student = CrossEncoder(modules=[transformer, Pooling(dimensions, "mean"), head], device=device)
+    return _ready(CrossEncoder(modules=[transformer, Pooling(dimensions, "mean"), head], device=device))
+
+
+def continued_student(directory: Path, *, max_tokens: int, device: str) -> CrossEncoder:
+    """
+    Return the student that an earlier training left whole in *directory*, to be trained further.
+
+    Raises:
+        UnknownStudent: The model there is of another kind.
+    """
+    student = CrossEncoder(str(directory), device=device, local_files_only=True)
+    kinds = [type(module) for module in student.children()]
+    words = any(name.endswith(WORD_EMBEDDINGS) for name, _ in student.named_parameters())
+    if kinds != [Transformer, Pooling, Dense] or student.num_labels != 1 or not words:
+        raise UnknownStudent(f"{directory} is not a transformer like BERT's, pooling and one linear output")
+    student.max_seq_length = max_tokens
+    return _ready(student)
+
+
+class UnknownStudent(Exception):
+    """A model that cannot be trained here; the message says why."""
+
+
+def _ready(student: CrossEncoder) -> CrossEncoder:
+    """Return *student* as it is trained: no dropout, the word embeddings fixed."""
     for module in student.modules():
         # The teacher's soft targets keep a student from learning by heart.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if student.device.type == "cpu":
         # Plain products of matrices: with their backward pass a step takes two thirds of what it takes with fused attention.
-        transformer.model.set_attn_implementation("eager")
+        student[0].model.set_attn_implementation("eager")
     for name, parameter in student.named_parameters():
         if name.endswith(WORD_EMBEDDINGS) or ".pooler." in name:
             parameter.requires_grad_(False)

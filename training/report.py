@@ -116,7 +116,8 @@ A small cross-encoder for English: how well does a passage answer a question? 6 
 interaction (MaxSim) over {EMBEDDING_MODEL}'s token vectors; `cascade.json` says how the two become one probability.
 
 The word embeddings are those of {EMBEDDING_MODEL} and are not in this directory; `completion.json` names them. \
-`tercet export` writes a plain directory that `sentence_transformers.CrossEncoder` loads.
+`tercet export --format sentence-transformers --model tercet-reranker --out DIR` writes a plain directory that \
+`sentence_transformers.CrossEncoder` loads.
 
 ## Recipe
 

@@ -67,7 +67,7 @@ def run(plan: Plan, say: Say) -> Outcome:
     """
     torch.set_num_threads(plan.threads or usable_cores())
     disable_progress_bar()
-    device = _device(plan.device)
+    device = chosen_device(plan.device)
     prepared = _prepare(plan, say)
     trained = [one for one in prepared if one.collection.name in TRAINED and one.collection.name not in plan.left_out]
     lists = Lists(trained, plan.recipe)
@@ -79,7 +79,7 @@ def run(plan: Plan, say: Say) -> Outcome:
         resolve_model(plan.embedding_model), max_tokens=plan.recipe.max_tokens, seed=plan.recipe.seed, device=device
     )
     training = Training(student, lists, plan.recipe, checkpoint=plan.out / f"checkpoint-{key}.pt", key=key, say=say)
-    with _stopping(training, say):
+    with stopping(training, say):
         training.run(plan.budget, lists.fixed("held-back", FIXED_LISTS))
     say(f"trained: {training.progress.steps:,} steps, {training.progress.seconds / 60:.1f} min")
     shipped = plan.out / SHIPPED
@@ -162,7 +162,7 @@ def _evaluate(
         questions={one.collection.name: _count(one) for one in trained},
         steps=training.progress.steps,
         minutes=training.progress.seconds / 60,
-        device=_words(_device(plan.device), plan.threads),
+        device=_words(chosen_device(plan.device), plan.threads),
         log=training.progress.log,
         measured=measured,
         judged={name: len(found) for name, found in scored.items()},
@@ -196,7 +196,8 @@ def _count(prepared: Prepared) -> int:
     return sum(question.part == "train" for question in prepared.questions)
 
 
-def _device(asked: str) -> str:
+def chosen_device(asked: str) -> str:
+    """Return *asked*, or for `auto` what there is: `cuda` or `cpu`."""
     if asked != "auto":
         return asked
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,7 +208,7 @@ def _words(device: str, threads: int) -> str:
 
 
 @contextmanager
-def _stopping(training: Training, say: Say) -> Iterator[None]:
+def stopping(training: Training, say: Say) -> Iterator[None]:
     """Let SIGTERM and SIGINT end the training after the step that is being made."""
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What commands share that run in a process of a service's own: `export`, `fit-pca`, `snapshot` and `restore`."""
+"""What commands share that run in a process of their own: `export`, `fit-pca`, `snapshot`, `restore`, `train-reranker`."""
 
 import subprocess
 import sys
@@ -13,7 +13,17 @@ PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_optio
 
 def run_offline(service: Literal["embedding", "search"], command: str, arguments: Sequence[str]) -> None:
     """
-    Run *command* of *service* with *arguments*; its output goes where ours goes, its exit status becomes ours.
+    Run *command* of *service* with *arguments*, as `run_apart` does.
+
+    Raises:
+        typer.Exit: See `run_apart`.
+    """
+    run_apart(f"services.{service}.offline", [command, *arguments])
+
+
+def run_apart(module: str, arguments: Sequence[str]) -> None:
+    """
+    Run *module* with *arguments*; its output goes where ours goes, its exit status becomes ours.
 
     Ctrl-C reaches both processes: the command gets the time to remove what it has written in part.
 
@@ -21,7 +31,7 @@ def run_offline(service: Literal["embedding", "search"], command: str, arguments
         typer.Exit: It failed; 128 and the signal's number for one that a signal ended.
     """
     # -P keeps a `services` folder of the user's out of its way.
-    process = subprocess.Popen([sys.executable, "-P", "-m", f"services.{service}.offline", command, *arguments])
+    process = subprocess.Popen([sys.executable, "-P", "-m", module, *arguments])
     try:
         status = process.wait()
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tercet.evaluation import DatasetError, load_beir, measure
+from tercet.evaluation import DatasetError, load_beir, load_judged, measure
 
 CORPUS = [
     {"_id": "d1", "title": "Apples", "text": "are red"},
@@ -111,3 +111,27 @@ def test_a_query_without_answers_counts_as_zero() -> None:
     assert measure(qrels, {"q1": ["d1"], "q2": []}) == pytest.approx({"nDCG@10": 0.5, "R@100": 0.5, "RR@10": 0.5})
     late = [f"x{number}" for number in range(10)] + ["d1"]
     assert measure({"q1": {"d1": 1}}, {"q1": late}) == pytest.approx({"nDCG@10": 0, "R@100": 1, "RR@10": 0})
+
+
+def test_judgements_without_documents(tmp_path: Path) -> None:
+    """A folder, its qrels alone, qrels with queries from elsewhere, and lines with answers are the same judgements."""
+    folder = make(tmp_path / "one")
+    (folder / "corpus.jsonl").unlink()
+    expected = ({"q1": "red", "q2": "blue"}, {"q1": {"d1": 2, "d2": 1}, "q2": {"d3": 1}})
+    assert load_judged(folder) == load_judged(folder / "qrels.tsv") == expected
+    elsewhere = (folder / "queries.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    assert load_judged(folder / "qrels.tsv", queries=elsewhere) == expected
+    lines = [{"query": "red", "answers": ["d1", "d2"]}, {"query": "none", "answers": []}]
+    write(tmp_path / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines), compress=True)
+    assert load_judged(tmp_path / "answers.jsonl.gz") == ({"0": "red"}, {"0": {"d1": 1, "d2": 1}})
+
+
+@pytest.mark.parametrize("line", ['{"query": 1, "answers": ["a"]}', '{"query": "q", "answers": "a"}', '{"query": "q"}'])
+def test_lines_that_are_no_judgements(tmp_path: Path, line: str) -> None:
+    """The file and the line are named; a file in which nothing is answered is an error too."""
+    (tmp_path / "bad.jsonl").write_text(line)
+    with pytest.raises(DatasetError, match=r"bad\.jsonl, line 1"):
+        load_judged(tmp_path / "bad.jsonl")
+    (tmp_path / "empty.jsonl").write_text('{"query": "q", "answers": []}')
+    with pytest.raises(DatasetError, match="no query has an answer"):
+        load_judged(tmp_path / "empty.jsonl")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,7 +50,11 @@ def export(
     out: Annotated[Path, typer.Option(help="The directory to write; for Triton the repository to add a model to.")],
     model: Model = DEFAULT_MODEL,
     format: Annotated[
-        Literal["onnx", "triton"], typer.Option(help="A directory, or a Triton model repository.")
+        Literal["onnx", "triton", "sentence-transformers"],
+        typer.Option(
+            help="A directory with model.onnx, a Triton model repository, or the model's own files, whole, as "
+            "sentence-transformers loads them: of a reranker too."
+        ),
     ] = "onnx",
     precision: Annotated[Literal["fp32", "int8"], typer.Option(help="int8 is lossy: the loss is measured.")] = "fp32",
     pooling: Pooling = None,
@@ -71,6 +76,10 @@ def export(
     The graph takes input_ids and attention_mask (int64, any number of texts and tokens) and gives sentence_embedding
     and token_embeddings. At fp32 it is written only if its vectors are the model's: cosine 0.9999 at least.
     """
+    if format == "sentence-transformers":
+        changing = {"--precision": precision != "fp32", "--pooling": pooling, "--max-tokens": max_tokens}
+        _write_plain(model, out, revision, {**changing, "--projection": projection, "--opset": opset}, force=force)
+        return
     _need_export_packages()
     from services.common.encoders import EncoderOptions
     from services.embedding.offline.exporting import TritonTarget, export_onnx, export_triton
@@ -155,6 +164,17 @@ def _need_export_packages() -> None:
             missing.append(name)
     if missing:
         raise OfflineError(f"exporting needs {', '.join(missing)}: pip install 'tercet[export]'")
+
+
+def _write_plain(model: str, out: Path, revision: str | None, changing: Mapping[str, object], *, force: bool) -> None:
+    for option, given in changing.items():
+        if given:
+            raise OfflineError(f"{option} changes a graph: --format sentence-transformers writes the model's own files")
+    from services.embedding.offline.plain import export_plain
+
+    digest = export_plain(model, out, revision=revision, force=force)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    say(f"written: {out} ({size / 1e6:.1f} MB), files {digest[:16]}", "green")
 
 
 def _pooling(name: str | None) -> Any:

@@ -1,0 +1,1 @@
+"""Training on the judgements and the collection of a user: `tercet train-reranker`."""
