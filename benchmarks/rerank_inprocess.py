@@ -80,7 +80,7 @@ def library(model: str) -> Callable[[list[str]], object]:
     return lambda request: loaded.predict([(request[0], text) for text in request[1:]], show_progress_bar=False)
 
 
-def backend(model: str) -> Callable[[list[str]], object]:
+def backend(model: str) -> Callable[[list[str]], list[float]]:
     """Return our own backend's scoring of a request, tokenising included, in batches as large as the service's."""
     settings = RerankSettings.model_validate({"model": model, "first_stage": ""})
     (loaded,) = load_backends(settings)
@@ -97,11 +97,13 @@ def backend(model: str) -> Callable[[list[str]], object]:
             tokens += cost
         yield batch
 
-    def score(request: list[str]) -> None:
+    def score(request: list[str]) -> list[float]:
         query = loaded.tokenize_query(request[0])
         documents = loaded.tokenize(request[1:])
+        made: list[float] = []
         for batch in batches([Window(query, document, 0, len(document.ids)) for document in documents]):
-            loaded.score(batch)
+            made += map(loaded.relevance, loaded.score(batch))
+        return made
 
     return score
 

@@ -13,6 +13,17 @@ from tests.redis_server import RedisServer, redis_executable
 
 
 @pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Torch computes with one thread while a module's tests run: tests share two cores with others."""
+    import torch  # Takes seconds, which most tests do without.
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def redis_server() -> Iterator[RedisServer]:
     """A running Redis; tests that need one are skipped where none can be started."""
     executable = redis_executable()

@@ -1,7 +1,7 @@
 """The backends that ship, each held to its contract, and the models' own numbers compared with sentence-transformers'."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from sentence_transformers import SentenceTransformer
 
 from services.common.encoders import EncoderOptions
@@ -23,14 +22,7 @@ from services.embedding.settings import EmbeddingSettings
 from tests.contract.embedding_backend_contract import TEXTS, EmbeddingBackendContract
 from tests.contract.mixed_texts import mixed_texts
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests share two cores with others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 # --- embedding ------------------------------------------------------------------------------------------------------

@@ -101,8 +101,8 @@ def test_warm_ups_are_not_timed():
 
 
 def test_our_backend_is_called_directly():
-    """A request is tokenised and scored without a service."""
-    backend("fake")(["a question", "one document", "another document"])
+    """A request is tokenised and scored without a service, each document in its place."""
+    assert backend("fake")(["red green", "red", "red green", "blue"]) == [0.5, 1.0, 0.0]
 
 
 @pytest.mark.slow

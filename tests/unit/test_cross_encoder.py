@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from services.rerank.ports import Backend, Window
 from tests.tiny_models import POSITIONS
 from tests.tiny_pair_models import edit_json, library_scores, write_classifier, write_modular, write_roberta
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 QUERY = "What does the quick fox do?"
 DOCUMENTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -28,15 +29,6 @@ DOCUMENTS = (
     "A short question? Yes.\nAnd  an answer",
 )
 ODD_TEXTS = ("", " ", "\n", "!", "\u200b", "\U0010ffff", "a\u0000b", "[SEP] [CLS]", "e" * 3000)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests share two cores with others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Cross-encoders with several labels, and models whose head cannot score pairs."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +26,10 @@ from tests.tiny_pair_models import (
     write_xlnet,
 )
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 PAIRS = [("What does the fox do?", "It jumps."), ("one", "The lazy dog."), ("A short question?", "12,345.67 €")]
 THREE = {"id2label": {0: "contradiction", 1: "entailment", 2: "neutral"}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests share two cores with others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

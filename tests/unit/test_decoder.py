@@ -1,6 +1,5 @@
 """Causal models that say yes or no: their scores are sentence-transformers', and Qwen3-Reranker's own recipe's."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ from services.rerank.backends.decoder import DecoderBackend
 from services.rerank.ports import Backend, Window
 from tests.tiny_pair_models import PLAIN_CHAT, edit_json, library_scores, write_causal
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 PAIRS = [
     ("What does the fox do?", "The quick brown fox jumps over the lazy dog."),
     ("one", ""),
@@ -24,15 +25,6 @@ PAIRS = [
     ("", "The quick brown fox. " * 5),
 ]
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests share two cores with others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,29 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from sentence_transformers import SentenceTransformer
 
 from services.common.encoders import Encoder, EncoderOptions, Projection, fingerprint_of, open_encoder
 from services.common.model_files import DEFAULT_MODEL, InvalidModel, ModelNotFound, files_digest
 from tests.tiny_models import HIDDEN, POSITIONS, write_bert, write_decoder
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 TEXTS = ["The quick brown fox.", "one", "A short question? 東京 Москва", "jumps over the lazy dog " * 3, "word " * 100]
 NARROW = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests share two cores with others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The training loop: stopped and gone on with, it makes the same weights; and how its time is counted."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from training.loss import distillation_loss
 from training.model import new_student, score, trainable
 from training.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 RECIPE = replace(
     Recipe(), questions_per_step=2, short_tokens=24, long_tokens=32, max_tokens=48, warmup_steps=2, learning_rate=5e-3
 )
@@ -28,15 +29,6 @@ PAIRS = [
     ("glass", "an engine"),
     ("winter music", "music after winter and glass"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests share two cores with others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -54,8 +54,3 @@ class BatchMetrics:
 
     def _depth(self, lane: Lane) -> int:
         return sum(batcher.depth(lane) for batcher in self._batchers)
-
-
-def observe_batches(batcher: Batcher[Any, Any], metrics: Metrics, work: str) -> None:
-    """Register the batch metrics of *work* and have *batcher*, the only one there is, keep them."""
-    BatchMetrics(metrics, work).watch(batcher)
