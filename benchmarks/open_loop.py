@@ -97,8 +97,10 @@ class Connection(asyncio.Protocol):
 
     def send(self, request: bytes, due: float, give_up_s: float) -> None:
         """Send *request*, which was to be sent at *due*, and hang up if it is not answered in *give_up_s*."""
-        assert self._transport is not None
         self._due = due
+        if self._transport is None:  # The server closed it before it was used.
+            self._report("lost")
+            return
         self._body.clear()
         self._give_up = asyncio.get_running_loop().call_later(max(0.0, give_up_s), self._hang_up)
         self._transport.write(request)
@@ -215,11 +217,13 @@ class Generator:
 
     async def _connect(self, due: float) -> None:
         loop = asyncio.get_running_loop()
+        patience_s = self._plan.deadline_ms / 1000 + GRACE_S - (time.perf_counter() - self._began - due)
         try:
-            _, connection = await loop.create_connection(lambda: Connection(self), self._plan.host, self._plan.port)
-        except OSError:
+            async with asyncio.timeout(max(0.0, patience_s)):  # A full backlog makes the system try for minutes.
+                _, connection = await loop.create_connection(lambda: Connection(self), self._plan.host, self._plan.port)
+        except (OSError, TimeoutError) as error:
             self._open -= 1
-            self.ended("lost", due, b"")
+            self.ended("unanswered" if isinstance(error, TimeoutError) else "lost", due, b"")
         else:
             self._start(connection, due)
 

@@ -12,6 +12,7 @@ from services.common.errors import DependencyUnavailable
 from services.common.http_client import ServiceClient
 from services.common.wire.embedding import EmbeddingInfo, EmbedReply, EmbedRequest
 from services.common.wire.rerank import NativeRerankRequest, RerankReply
+from services.search.joining import JoinedQuestions
 from services.search.ports import Embedded, EmbeddingModel, Reranked
 
 ANSWER_MARGIN_S = 0.02  # For the reply's way back: a partial answer that arrives late is lost.
@@ -22,10 +23,14 @@ class HttpEmbeddingClient:
 
     def __init__(self, client: ServiceClient) -> None:
         self._client = client
+        self._questions = JoinedQuestions(self._embed_questions)
 
     async def embed_query(self, text: str, deadline: Deadline, *, model: str | None = None) -> Embedded:
-        """See EmbeddingClient."""
-        body = EmbedRequest(inputs=text, input_type="query", lane="query", encoding="base64", model=model)
+        """See EmbeddingClient. Questions that come together share a call."""
+        return await self._questions.ask(text, deadline, model)
+
+    async def _embed_questions(self, texts: Sequence[str], deadline: Deadline, model: str | None) -> Embedded:
+        body = EmbedRequest(inputs=list(texts), input_type="query", lane="query", encoding="base64", model=model)
         return await self._embed(body, deadline)
 
     async def embed_queries(self, texts: Sequence[str], deadline: Deadline, *, model: str | None = None) -> Embedded:

@@ -2,11 +2,13 @@
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from typing import get_args
 
 from prometheus_client import Counter, Histogram
+from prometheus_client.core import HistogramMetricFamily, Metric
 
-from services.common.metrics import LATENCY_BUCKETS_S, Metrics
+from services.common.metrics import LATENCY_BUCKETS_S, Metrics, summed
 from services.common.wire.search import Degradation
 from services.search.quality import Finished, Sample, agreement
 
@@ -14,6 +16,7 @@ STAGES = ("cache", "wait", "embed", "retrieve", "fuse", "fetch", "rerank", "hits
 STAGE_BUCKETS_S = (0.0001, 0.00025, 0.0005, *LATENCY_BUCKETS_S)
 RECALL_BUCKETS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 RECENT = 200
+SEARCH_ROUTES = frozenset({"/search", "/search/batch", "/msearch"})
 
 
 class SearchMetrics:
@@ -51,8 +54,15 @@ class SearchMetrics:
         metrics.gauge(
             "tercet_rerank_agreement",
             "Share of the first ten before reranking that are among the first ten after it: mean of the last 200, else NaN.",
-            lambda: sum(self._agreements) / len(self._agreements) if self._agreements else math.nan,
+            lambda: _mean(self._agreements),
         )
+        self._recalls: deque[float] = deque(maxlen=RECENT)
+        metrics.gauge(
+            "retrieval_recall_at_10",
+            "The reference architecture's name: mean of the last 200 samples of recall, NaN before any.",
+            lambda: _mean(self._recalls),
+        )
+        metrics.registry.register(_SearchLatency(metrics))
 
     def note_stage(self, stage: str, seconds: float) -> None:
         """Note how long a stage took."""
@@ -76,7 +86,24 @@ class SearchMetrics:
     def note_recall(self, recall: float) -> None:
         """Note the recall of one sampled question."""
         self._recall.observe(recall)
+        self._recalls.append(recall)
 
     def note_sample(self, sample: Sample) -> None:
         """Count a question drawn to measure recall."""
         self._samples.labels(sample).inc()
+
+
+class _SearchLatency:
+    """The time to answer a search, cached ones included, under the reference architecture's name."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the family, made from the requests' when it is asked for."""
+        buckets, seconds = summed([self._metrics.request_seconds], SEARCH_ROUTES)
+        yield HistogramMetricFamily("search_latency_seconds", "Time to answer a search request.", buckets, seconds)
+
+
+def _mean(values: deque[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

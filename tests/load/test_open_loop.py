@@ -1,6 +1,8 @@
 """The short form of the load tests: a burst that one search process cannot take, from the open-loop generator."""
 
 import http.client
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,3 +69,30 @@ def test_the_generator_accounts_for_every_request(narrow: SearchProcess, tmp_pat
     assert sum(result.good_by_second) == result.statuses["200"]
     assert 0 < result.p50_ms <= result.p99_ms <= result.max_ms
     assert result.cpu_s > 0
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_the_generator_ends_though_nobody_answers(closes: bool, tmp_path: Path) -> None:
+    """A server whose backlog is full, and one that closes what it accepts, cost their requests and not the run."""
+    (tmp_path / "bodies").write_bytes(b"{}")
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        accepting = threading.Thread(target=_close_all, args=(server,), daemon=True)
+        if closes:
+            accepting.start()
+        plan = OpenPlan("127.0.0.1", server.getsockname()[1], "/", str(tmp_path / "bodies"), 1000, 0.3, 500)
+        result = run(plan)
+        assert sum(result.statuses.values()) == round(result.offered_per_s * plan.duration_s)
+        assert set(result.statuses) <= ({"lost", "unanswered"} if closes else {"unanswered"})
+        if closes:
+            server.shutdown(socket.SHUT_RDWR)
+            accepting.join()
+
+
+def _close_all(server: socket.socket) -> None:
+    """Accept and close until *server* is shut down."""
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return
+        connection.close()

@@ -1,6 +1,8 @@
 """Where a host keeps its shards on disk: `<directory>/<collection uuid>/<shard>/`, held by one process at a time."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from math import nan
 from pathlib import Path
 
 from services.search.claim import Claim
@@ -70,6 +72,14 @@ class ShardDirectory:
     def remove(self, uuid: str) -> None:
         """Remove everything of a collection, whose shards are closed. Raises OSError."""
         files.remove(self._directory / uuid)
+
+    def disk_bytes(self) -> tuple[float, float]:
+        """Return how much of its disk is free, and all of it; NaN while that cannot be told."""
+        try:
+            usage = shutil.disk_usage(self._directory)
+        except OSError:
+            return nan, nan
+        return usage.free, usage.total
 
     def hurry(self) -> None:
         """Let maintenance that is under way give up: the process is stopping."""

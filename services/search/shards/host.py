@@ -225,6 +225,10 @@ class LocalHost:
         """See Upkeep."""
         return self._upkeep.snapshot_age_s
 
+    def disk_bytes(self) -> tuple[float, float]:
+        """See ShardDirectory."""
+        return self._directory.disk_bytes()
+
     def open_standings(self) -> list[ShardStanding]:
         """Return how all shards stand that are open."""
         return [standing for hosted in self._open.values() for standing in self._standings(hosted.follower)]

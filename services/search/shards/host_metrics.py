@@ -23,6 +23,8 @@ class HostMetrics:
         self._rows = gauge(
             "tercet_shard_segment_rows", "Rows of the open shards by the kind of segment.", ("host", "kind")
         )
+        self._disk_free = gauge("tercet_shard_disk_free_bytes", "Free room on the disk that the shards are on.")
+        self._disk = gauge("tercet_shard_disk_bytes", "Size of the disk that the shards are on.")
         self._maintenance = metrics.histogram(
             "tercet_shard_maintenance_seconds",
             "Time of each piece of maintenance.",
@@ -56,6 +58,8 @@ class HostMetrics:
         )
         self._age.labels(name).set_function(lambda: host.snapshot_age_s)
         self._memory.labels(name).set_function(lambda: sum(standing.memory_bytes for standing in host.open_standings()))
+        self._disk_free.labels(name).set_function(lambda: host.disk_bytes()[0])
+        self._disk.labels(name).set_function(lambda: host.disk_bytes()[1])
         for kind in SEGMENT_KINDS:
             self._rows.labels(name, kind).set_function(
                 lambda kind=kind: sum(standing.segments.get(kind, 0) for standing in host.open_standings())  # type: ignore[misc]
