@@ -99,7 +99,8 @@ def _cascade(scorers: Sequence[Scorer], settings: RerankSettings) -> Cascade | N
     if len(scorers) == 1:
         return None
     first, last = scorers
-    return Cascade(first, last, load_blend(settings, first.info) or LastBeforeFirst(first, last))
+    blend = load_blend(settings, first.info) or LastBeforeFirst(first, last)
+    return Cascade(first, last, blend, most=settings.last_stage_documents)
 
 
 def create_app(settings: RerankSettings, *, load: Load = load_backends) -> FastAPI:

@@ -9,15 +9,13 @@ outputs for support vector machines", 1999), which is what lets documents of the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Final, Protocol
+from typing import Protocol
 
 from services.common.errors import Overloaded
 from services.rerank.logits import logit_of, sigmoid
 from services.rerank.ports import ScorerInfo
 from services.rerank.scorer import Scorer
 from services.rerank.scores import DocumentScore, RawScore, Scored, ScoreOptions
-
-MOST_FOR_LAST: Final = 100  # Documents that the second scorer sees, however much time there is.
 
 
 class Blend(Protocol):
@@ -91,16 +89,16 @@ class LastBeforeFirst:
 
 
 class Cascade:
-    """Two scorers as one. Its raw score is the logit of the blended one."""
+    """Two scorers as one: *last* sees the best *most* of what *first* scored. Its raw score is the logit of the blended one."""
 
-    def __init__(self, first: Scorer, last: Scorer, blend: Blend) -> None:
-        self._first, self._last, self._blend = first, last, blend
+    def __init__(self, first: Scorer, last: Scorer, blend: Blend, *, most: int = 100) -> None:
+        self._first, self._last, self._blend, self._most = first, last, blend, most
         one, two = first.info, last.info
         self.info = ScorerInfo(
             name=two.name,
             kind="cascade",
-            score=f"{blend.words}. First, {one.name}: {one.score}. Second, for the best {MOST_FOR_LAST}, {two.name}: {two.score}",
-            fingerprint=f"cascade/1:{one.fingerprint}+{two.fingerprint}+{blend.identity}",
+            score=f"{blend.words}. First, {one.name}: {one.score}. Second, for the best {most}, {two.name}: {two.score}",
+            fingerprint=f"cascade/2:{one.fingerprint}+{two.fingerprint}+{blend.identity}+{most}",
             max_tokens=min(one.max_tokens, two.max_tokens),
             runtime=f"{one.runtime} + {two.runtime}",
             precision=f"{one.precision} + {two.precision}",
@@ -120,7 +118,7 @@ class Cascade:
         """
         before = await self._first.raw(query, texts, options)
         scored = [(-one.raw, index) for index, one in enumerate(before.documents) if one is not None]
-        order = [index for _, index in sorted(scored)[:MOST_FOR_LAST]]
+        order = [index for _, index in sorted(scored)[: self._most]]
         timings, cut = before.timings, before.query_cut
         last: dict[int, RawScore | None] = {}
         try:

@@ -28,7 +28,10 @@ class RerankSettings(ModelServiceSettings):
     first_stage: str = Field(
         default="",
         description="A second scorer, named alike, that scores all documents first (`late-interaction/` and an embedding "
-        "model, say): the model then takes the best 100, best first, as time allows. Unset: the model scores all.",
+        "model, say): the model then takes the best of those, best first, as time allows. Unset: the model scores all.",
+    )
+    last_stage_documents: Annotated[int, Field(ge=1)] = Field(
+        default=100, description="After a first stage the model scores so many documents of a request, the best ones."
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         default="auto",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from services.common.batching import DeviceTurn, Lane
 from services.common.deadline import NO_DEADLINE, Deadline
 from services.common.errors import DeadlineExceeded, Overloaded
-from services.rerank.cascade import MOST_FOR_LAST, Blend, Cascade, FittedBlend, LastBeforeFirst
+from services.rerank.cascade import Blend, Cascade, FittedBlend, LastBeforeFirst
 from services.rerank.logits import logit_of, sigmoid
 from services.rerank.score_cache import ScoreCache
 from services.rerank.scorer import Scorer, ScorerLimits
@@ -20,6 +20,7 @@ from tests.rerank_backends import TroubledScorer
 
 LIMITS = ScorerLimits(2048, 4000, 1, 30, 1 << 20, 4, 8)
 QUERY = "red green blue white"
+MOST = 100
 FITTED = FittedBlend((1.0, 10.0, -2.0), (3.0, -1.0))
 
 Open = Callable[..., "asyncio.Future[Cascade]"]
@@ -58,7 +59,7 @@ async def start(last) -> AsyncIterator[Open]:
             started.append(scorer)
             await scorer.start()
         last.batches.clear()
-        return Cascade(one, two, blend or LastBeforeFirst(one, two))
+        return Cascade(one, two, blend or LastBeforeFirst(one, two), most=MOST)
 
     yield start  # type: ignore[misc]
     for scorer in started:
@@ -97,12 +98,12 @@ async def test_the_second_takes_the_best_first(start, last):
 async def test_only_the_best_hundred(start, last):
     """The others keep the first one's score, and say so."""
     cascade = await start()
-    texts = [f"red {number}" if number % 2 else f"text {number}" for number in range(3 * MOST_FOR_LAST)]
+    texts = [f"red {number}" if number % 2 else f"text {number}" for number in range(3 * MOST)]
     made = await score(cascade, texts)
-    assert len(last.scored) == MOST_FOR_LAST
+    assert len(last.scored) == MOST
     stages = [one.stage for one in made.documents]
-    assert stages.count("last") == MOST_FOR_LAST
-    assert [index for index, stage in enumerate(stages) if stage == "last"] == list(range(1, 2 * MOST_FOR_LAST, 2))
+    assert stages.count("last") == MOST
+    assert [index for index, stage in enumerate(stages) if stage == "last"] == list(range(1, 2 * MOST, 2))
     assert made.documents[0].score == pytest.approx(-1.0)
 
 
@@ -141,7 +142,7 @@ async def test_a_full_queue_at_the_second(start, last):
 async def test_without_constants_the_seconds_order_goes_before(start):
     """What it scored is ranked by it, in the upper half of 0 to 1; the rest after that by the first, in the lower half."""
     cascade = await start(blend=None)
-    texts = [f"red {number}" for number in range(MOST_FOR_LAST)] + ["black", "white night"]
+    texts = [f"red {number}" for number in range(MOST)] + ["black", "white night"]
     made = await score(cascade, ["red green", *texts])
     scores = [cascade.to_probability(one.score) for one in made.documents]
     last = [one for one, document in zip(scores, made.documents, strict=True) if document.stage == "last"]

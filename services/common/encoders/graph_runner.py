@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from services.common.encoders.batches import divided, rounded_up
 from services.common.encoders.compiled import CompiledGraph, Inputs
-from services.common.encoders.graphs import TEXT_INPUTS, GraphError, first_line, load_openvino
+from services.common.encoders.graphs import TEXT_INPUTS, GraphError, first_line, load_openvino, openvino_core
 from services.common.encoders.hardware import usable_cores
 from services.common.encoders.weight_compression import compress_weights
 
@@ -43,7 +43,7 @@ class GraphRunner:
         inputs: Sequence[str] = TEXT_INPUTS,
     ) -> None:
         self._openvino = load_openvino()
-        self._core = self._openvino.Core()
+        self._core = openvino_core()
         self._precision = precision
         self._settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],

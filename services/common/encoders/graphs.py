@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -42,6 +43,18 @@ def load_openvino() -> Any:
     except (ImportError, OSError) as error:
         raise GraphError(f"OpenVINO cannot be imported: {error}") from error
     return openvino
+
+
+@cache
+def openvino_core() -> Any:
+    """
+    Return the one Core of this process, which is kept: with the last one its plugins are unloaded, and a SIGINT that comes
+    then runs a handler that is no longer there.
+
+    Raises:
+        GraphError: OpenVINO is not installed, or does not run here.
+    """
+    return load_openvino().Core()
 
 
 def graph_directory(cache_dir: Path, digest: str) -> Path:
@@ -107,9 +120,9 @@ def read_graph(directory: Path) -> Any:
     Raises:
         GraphError: There is none, or it is damaged.
     """
-    openvino = load_openvino()
+    core = openvino_core()
     try:
-        return openvino.Core().read_model(directory / _GRAPH_FILE)
+        return core.read_model(directory / _GRAPH_FILE)
     except Exception as error:  # OpenVINO raises bare RuntimeErrors.
         raise GraphError(f"the kept graph cannot be read: {first_line(error)}") from error
 
