@@ -17,7 +17,7 @@ import httpx2
 
 from benchmarks import machine
 from benchmarks.rerank_runs import Run, ask, indexed, per_query
-from benchmarks.rerank_servers import MAX_SIM
+from benchmarks.rerank_servers import MAX_SIM, has_shipped_model
 from benchmarks.rerank_sets import HELD_BACK, TESTED, JudgedSet, judged_sets
 from benchmarks.rerank_tables import (
     DEFAULT,
@@ -49,12 +49,11 @@ def variants(model: str | None = None) -> Variants:
 
     *model* is a cross-encoder to try in the default one's place, behind the usual first stage.
     """
-    defaults = {name: str(RerankSettings.model_fields[name].default) for name in ("model", "first_stage")}
-    last, first = model or defaults["model"], defaults["first_stage"] or (MAX_SIM if model else "")
-    made: Variants = {DEFAULT: {} if model is None else {"RERANK_MODEL": last, "RERANK_FIRST_STAGE": first}}
-    if first:
+    last = model or str(RerankSettings.model_fields["model"].default)
+    made: Variants = {DEFAULT: {} if model is None else {"RERANK_MODEL": last, "RERANK_FIRST_STAGE": MAX_SIM}}
+    if model is not None or has_shipped_model():
         made[WITHOUT_FIRST] = {"RERANK_MODEL": last, "RERANK_FIRST_STAGE": ""}
-        made[WITHOUT_LAST] = {"RERANK_MODEL": first, "RERANK_FIRST_STAGE": ""}
+        made[WITHOUT_LAST] = {"RERANK_MODEL": MAX_SIM, "RERANK_FIRST_STAGE": ""}
     return made
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import structlog
 
 from services.common.encoders import EncoderOptions
-from services.common.model_files import FAKE_MODEL, InvalidModel, resolve_model
+from services.common.model_files import FAKE_MODEL, PACKAGED, InvalidModel, resolve_model
 from services.rerank.cascade import FittedBlend
 from services.rerank.ports import Backend, ScorerInfo
-from services.rerank.settings import LATE_INTERACTION, RerankSettings
+from services.rerank.settings import AUTO, LATE_INTERACTION, RerankSettings
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,8 @@ def load_backends(settings: RerankSettings) -> list[Backend]:
         ModelNotFound: There is no such model.
         InvalidModel: Its head cannot score as it is asked to; the message says which kinds work.
     """
-    names = [settings.first_stage, settings.model] if settings.first_stage else [settings.model]
+    first = first_stage(settings)
+    names = [first, settings.model] if first else [settings.model]
     backends: list[Backend] = []
     try:
         for name in names:
@@ -38,6 +39,26 @@ def load_backends(settings: RerankSettings) -> list[Backend]:
             backend.close()
         raise
     return backends
+
+
+def first_stage(settings: RerankSettings) -> str:
+    """
+    Return the name of the cascade's first scorer, empty where the model stands alone.
+
+    Raises:
+        ModelNotFound: There is no such model.
+        InvalidModel: A file that says what the model was fitted with cannot be read.
+    """
+    if settings.first_stage != AUTO:
+        return settings.first_stage
+    file = _blend_file(settings)
+    if file is None:
+        return ""
+    name = str(_read_blend(file).get("first_stage"))
+    if name.startswith(LATE_INTERACTION) and name.removeprefix(LATE_INTERACTION) in PACKAGED:
+        return name
+    log.warning("first_stage_is_not_packaged", model=settings.model, fitted_with=name, set="RERANK_FIRST_STAGE")
+    return ""
 
 
 def check_cascade(infos: Sequence[ScorerInfo]) -> None:
@@ -62,10 +83,8 @@ def load_blend(settings: RerankSettings, first: ScorerInfo) -> FittedBlend | Non
     Raises:
         InvalidModel: The file cannot be read.
     """
-    if settings.model == FAKE_MODEL or settings.model.startswith(LATE_INTERACTION):
-        return None
-    file = resolve_model(settings.model, revision=settings.model_revision) / BLEND_FILE
-    if not file.is_file():
+    file = _blend_file(settings)
+    if file is None:
         log.warning("cascade_has_no_constants", model=settings.model)
         return None
     read = _read_blend(file)
@@ -78,6 +97,14 @@ def load_blend(settings: RerankSettings, first: ScorerInfo) -> FittedBlend | Non
     a, b, c = _numbers(read, "both", 3, file)
     d, e = _numbers(read, "first", 2, file)
     return FittedBlend((a, b, c), (d, e))
+
+
+def _blend_file(settings: RerankSettings) -> Path | None:
+    """Return the file with the constants that came with the model, if there is one."""
+    if settings.model == FAKE_MODEL or settings.model.startswith(LATE_INTERACTION):
+        return None
+    file = resolve_model(settings.model, revision=settings.model_revision) / BLEND_FILE
+    return file if file.is_file() else None
 
 
 def _read_blend(file: Path) -> dict[str, Any]:

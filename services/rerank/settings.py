@@ -9,6 +9,7 @@ from services.common.model_files import DEFAULT_MODEL
 from services.common.settings import ModelServiceSettings
 
 LATE_INTERACTION = "late-interaction/"
+AUTO = "auto"
 
 
 class RerankSettings(ModelServiceSettings):
@@ -26,9 +27,10 @@ class RerankSettings(ModelServiceSettings):
         "sequence-classification head or of a decoder in the Qwen3-Reranker form, or `fake`.",
     )
     first_stage: str = Field(
-        default="",
+        default=AUTO,
         description="A second scorer, named alike, that scores all documents first (`late-interaction/` and an embedding "
-        "model, say): the model then takes the best of those, best first, as time allows. Unset: the model scores all.",
+        "model, say): the model then takes the best of those, best first, as time allows. `auto`: the one that the model "
+        "was fitted with, where the package has it, as for the default model. Empty: the model scores all.",
     )
     last_stage_documents: Annotated[int, Field(ge=1)] = Field(
         default=100, description="After a first stage the model scores so many documents of a request, the best ones."

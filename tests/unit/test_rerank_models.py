@@ -9,7 +9,7 @@ import pytest
 from services.common.model_files import InvalidModel, ModelNotFound
 from services.rerank.backends.fake import FakeBackend
 from services.rerank.cascade import FittedBlend
-from services.rerank.models import BLEND_FILE, check_cascade, load_backends, load_blend
+from services.rerank.models import BLEND_FILE, check_cascade, first_stage, load_backends, load_blend
 from services.rerank.settings import RerankSettings
 from tests.rerank_backends import LabellingScorer
 
@@ -62,6 +62,19 @@ def test_a_classifier_in_a_cascade():
 def test_constants_of_a_model(model):
     """They are read where they were fitted for the weights of this first stage, however it reads with them."""
     assert blend(model, CONSTANTS) == FittedBlend((1.0, 2.0, -3.0), (4.0, 5.0))
+
+
+def test_the_first_stage_that_a_model_was_fitted_with(model):
+    """It is taken where the package has it; other models stand alone, and what is set goes before."""
+    packaged = "late-interaction/all-MiniLM-L6-v2"
+    for fitted_with, expected in ((packaged, packaged), ("late-interaction/another", ""), ("fake", "")):
+        (model / BLEND_FILE).write_text(json.dumps(CONSTANTS | {"first_stage": fitted_with}))
+        assert first_stage(RerankSettings(model=str(model))) == expected
+        assert first_stage(RerankSettings(model=str(model), first_stage="")) == ""
+        assert first_stage(RerankSettings(model=str(model), first_stage="fake")) == "fake"
+    (model / BLEND_FILE).unlink()
+    assert first_stage(RerankSettings(model=str(model))) == ""
+    assert first_stage(RerankSettings(model="fake")) == ""
 
 
 def test_no_constants_for_this_cascade(model):
