@@ -3,6 +3,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 CLIENTS_VENV ?= .venv-clients
+# The linters of images and compose files, which are large binaries.
+IMAGE_VENV ?= .venv-images
 # Where torch comes from. Linux's default wheel of torch brings CUDA (gigabytes); for the CPU-only one:
 #   make run TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 TORCH_INDEX_URL ?=
@@ -12,10 +14,10 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test test-clients check unit demo-eval docs chaos chaos-index bench-embedding bench-search bench-pipeline bench-rerank eval-rerank bench-peers train-reranker install clean
+.PHONY: help run test test-clients check unit k8s-check k8s-render rules-test dashboards dashboards-check demo-eval docs chaos chaos-index bench-embedding bench-search bench-pipeline bench-rerank eval-rerank bench-peers train-reranker install images image-check clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 run: $(VENV)/.installed ## Start the three services, index the demo corpus, print an answered question
 	@exec $(BIN)/tercet up --demo
@@ -34,6 +36,12 @@ check: $(VENV)/.installed-test ## Lint, types and import rules
 
 unit: $(VENV)/.installed-test ## The tests that need no process of their own
 	$(BIN)/python -m pytest tests/unit tests/contract tests/conventions
+
+k8s-check: $(VENV)/.installed-test ## Render deploy/k8s, compare it with what is committed, and check it against the services
+	$(BIN)/python -m pytest tests/deploy/test_k8s_*.py
+
+k8s-render: $(VENV)/.installed-test ## Write deploy/k8s/rendered and the PrometheusRules from their sources
+	$(BIN)/python -m tests.deploy.render
 
 demo-eval: $(VENV)/.installed ## MRR@10 of the twenty demo questions, by mode
 	@exec $(BIN)/tercet demo-eval
@@ -111,5 +119,35 @@ $(CLIENTS_VENV)/.installed: tests/contract/clients/requirements.txt
 	@$(CLIENTS_VENV)/bin/python -m pip --disable-pip-version-check install -q -r $<
 	@touch $@
 
+rules-test: $(VENV)/.installed-test ## Test alerts, recording rules and dashboards (needs promtool: apt-get install prometheus)
+	$(BIN)/python -m pytest -rs tests/deploy/test_rules.py tests/deploy/test_dashboards.py
+
+dashboards: $(VENV)/.installed ## Write Grafana's dashboards from deploy/observability/grafana
+	$(BIN)/python -m deploy.observability.grafana.dashboards
+
+dashboards-check: $(VENV)/.installed-test ## Ask every panel's query of a real Prometheus over real services, and kill one of them (RECORD=1: keep the scrapes)
+	$(BIN)/python -m tests.deploy.dashboards_check $(if $(RECORD),--record)
+
+# DOCKER may be podman; the images take the version of the package.
+DOCKER ?= docker
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+LABELS := --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ)
+
+images: ## Build the images for CPUs (DOCKER=podman); VARIANT=gpu: embedding and rerank for GPUs
+	for target in $(if $(filter gpu,$(VARIANT)),embedding rerank,embedding rerank search tools); do \
+	  $(DOCKER) build --target $$target --build-arg VARIANT=$(or $(VARIANT),cpu) $(LABELS) \
+	    $(if $(TORCH_INDEX_URL),--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL)) -t tercet-$$target:$(VERSION)$(if $(filter gpu,$(VARIANT)),-gpu) . || exit 1; \
+	done
+
+image-check: $(IMAGE_VENV)/.installed ## Lint, build and run the images, and search (root, podman; IMAGE='--base debian --torch-index-url=' without a registry)
+	$(IMAGE_VENV)/bin/hadolint Dockerfile
+	sh deploy/compose/check.sh $(IMAGE_VENV)/bin/python
+	$(PYTHON) deploy/images/check.py $(IMAGE)
+
+$(IMAGE_VENV)/.installed: deploy/images/requirements.txt
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install -q -r $<
+	@touch $@
+
 clean: ## Remove the environment, caches and local data
-	rm -rf $(VENV) $(CLIENTS_VENV) .tercet .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(CLIENTS_VENV) $(IMAGE_VENV) .tercet .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
