@@ -56,7 +56,8 @@ async def build(settings: SearchSettings, metrics: Metrics) -> AsyncIterator[Sea
         retriever = await _open_shards(settings, ledger, metrics, stack)
         embedding = _client(settings, metrics, "embedding", settings.embedding_url, settings.embedding_max_calls, stack)
         rerank = _client(settings, metrics, "rerank", settings.rerank_url, settings.rerank_max_calls, stack)
-        embedder = HttpEmbeddingClient(embedding)
+        bulk = _bulk_client(settings, metrics, stack)
+        embedder = HttpEmbeddingClient(embedding, bulk)
         catalog = Catalog(
             ledger,
             retriever,
@@ -107,7 +108,7 @@ async def build(settings: SearchSettings, metrics: Metrics) -> AsyncIterator[Sea
             cache_kind="redis" if settings.redis_url else "memory",
             cache_layers=layers,
             admission=admission,
-            clients={"embedding": embedding, "rerank": rerank},
+            clients={"embedding": embedding, "rerank": rerank} | ({} if bulk is None else {bulk.name: bulk}),
         )
 
 
@@ -258,6 +259,14 @@ def _client(
     )
     stack.push_async_callback(client.aclose)
     return client
+
+
+def _bulk_client(settings: SearchSettings, metrics: Metrics, stack: AsyncExitStack) -> ServiceClient | None:
+    """Return the client of the embedding service's other address, if there is one."""
+    url = settings.embedding_bulk_url
+    return (
+        None if url is None else _client(settings, metrics, "embedding_bulk", url, settings.embedding_max_calls, stack)
+    )
 
 
 def _open_kept(

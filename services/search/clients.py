@@ -19,10 +19,11 @@ ANSWER_MARGIN_S = 0.02  # For the reply's way back: a partial answer that arrive
 
 
 class HttpEmbeddingClient:
-    """Speaks the native `/embed`, with base64 vectors."""
+    """Speaks the native `/embed`, with base64 vectors; large batches to *bulk*, and to *client* where that is not available."""
 
-    def __init__(self, client: ServiceClient) -> None:
+    def __init__(self, client: ServiceClient, bulk: ServiceClient | None = None) -> None:
         self._client = client
+        self._bulk = bulk
         self._questions = JoinedQuestions(self._embed_questions)
 
     async def embed_query(self, text: str, deadline: Deadline, *, model: str | None = None) -> Embedded:
@@ -31,20 +32,30 @@ class HttpEmbeddingClient:
 
     async def _embed_questions(self, texts: Sequence[str], deadline: Deadline, model: str | None) -> Embedded:
         body = EmbedRequest(inputs=list(texts), input_type="query", lane="query", encoding="base64", model=model)
-        return await self._embed(body, deadline)
+        return await self._embed(self._client, body, deadline)
 
     async def embed_queries(self, texts: Sequence[str], deadline: Deadline, *, model: str | None = None) -> Embedded:
         """See EmbeddingClient."""
         body = EmbedRequest(inputs=list(texts), input_type="query", lane="bulk", encoding="base64", model=model)
-        return await self._embed(body, deadline, bulk=True)
+        return await self._embed_bulk(body, deadline)
 
     async def embed_documents(self, texts: Sequence[str], deadline: Deadline, *, model: str | None = None) -> Embedded:
         """See EmbeddingClient."""
         body = EmbedRequest(inputs=list(texts), input_type="document", lane="bulk", encoding="base64", model=model)
-        return await self._embed(body, deadline, bulk=True)
+        return await self._embed_bulk(body, deadline)
 
-    async def _embed(self, body: EmbedRequest, deadline: Deadline, *, bulk: bool = False) -> Embedded:
-        reply = await self._client.call("POST", "/embed", EmbedReply, body=body, deadline=deadline, bulk=bulk)
+    async def _embed_bulk(self, body: EmbedRequest, deadline: Deadline) -> Embedded:
+        if self._bulk is not None:
+            try:
+                return await self._embed(self._bulk, body, deadline, bulk=True)
+            except DependencyUnavailable:
+                pass  # A pool that may be scaled to nothing: the other one does the work, more slowly.
+        return await self._embed(self._client, body, deadline, bulk=True)
+
+    async def _embed(
+        self, client: ServiceClient, body: EmbedRequest, deadline: Deadline, *, bulk: bool = False
+    ) -> Embedded:
+        reply = await client.call("POST", "/embed", EmbedReply, body=body, deadline=deadline, bulk=bulk)
         vectors = _decode(reply)
         if len(vectors) != len(body.texts()):
             raise DependencyUnavailable(f"embedding sent {len(vectors)} vectors for {len(body.texts())} texts")

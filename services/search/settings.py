@@ -56,6 +56,11 @@ class SearchSettings(ServiceSettings):
         "process; or the URL of a node with the role `fallback`.",
     )
     embedding_url: str = Field(default="http://127.0.0.1:8001", description="The embedding service.")
+    embedding_bulk_url: str | None = Field(
+        default=None,
+        description="Another address of it for documents and other large batches, such as a pool with GPUs; while that "
+        "does not answer they go to the first. Unset: the same.",
+    )
     rerank_url: str = Field(default="http://127.0.0.1:8002", description="The rerank service.")
     peer_api_key: SecretStr | None = Field(
         default=None, description="The API key that is sent to the embedding and rerank services."

@@ -21,6 +21,29 @@ class Encoded(NamedTuple):
     embedded_hash: bytes
 
 
+class StoredOperation(NamedTuple):
+    """An operation as it is kept, its document's fields as in `Encoded`; of a deletion only *seq* and *id* are there."""
+
+    seq: int
+    id: bytes
+    text: bytes | None
+    title: bytes | None
+    metadata: bytes | None
+    vector: bytes | None
+    content_hash: bytes | None
+    embedded_hash: bytes | None
+
+
+class StoredReceipt(NamedTuple):
+    """A receipt as it is kept, its key in UTF-8; *written_at* is in seconds since 1970."""
+
+    key: bytes
+    digest: bytes
+    body: bytes
+    seq: int
+    written_at: float
+
+
 def encode(document: LedgerDocument, dim: int) -> Encoded:
     """Return *document* as it is kept. Raises InvalidInput for a vector of another dimension and for what is no Unicode."""
     if document.vector.shape != (dim,):

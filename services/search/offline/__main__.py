@@ -1,5 +1,6 @@
-"""`python -m services.search.offline snapshot|restore …`: what `tercet snapshot` and `tercet restore` run."""
+"""`python -m services.search.offline snapshot|restore|migrate …`: what `tercet snapshot` and so on run."""
 
+import asyncio
 import logging
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from services.search.offline.backup import Note, back_up
-from services.search.offline.errors import BackupError
+from services.search.offline.errors import OfflineError
 from services.search.offline.layout import BackupManifest
 from services.search.offline.restoring import restore
 
@@ -27,7 +28,7 @@ class _Commands(TyperGroup):
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
         try:
             return super().invoke(ctx)
-        except BackupError as error:
+        except OfflineError as error:
             typer.secho(f"tercet: {error}", fg="red", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
@@ -86,6 +87,48 @@ def restore_backup(
     _say_contents(restored.manifest)
 
 
+@app.command("migrate")
+def migrate_ledger(
+    to: Annotated[
+        str,
+        typer.Option(
+            envvar="SEARCH_LEDGER_URL",
+            help="The PostgreSQL database, postgresql://user:password@host/name; better in the variable.",
+            show_default=False,
+        ),
+    ],
+    data_dir: Annotated[
+        Path, typer.Option(envvar="SEARCH_DATA_DIR", help="The data directory whose ledger.db is to be moved.")
+    ] = Path(".tercet/search"),
+) -> None:
+    """
+    Move an embedded ledger into an empty PostgreSQL ledger, and compare both; no service may run on it meanwhile.
+
+    It becomes visible there at once and as a whole. The embedded one stays as it is.
+    """
+    # The driver of PostgreSQL is not imported by commands that do without.
+    from services.search.offline.migrate import migrate
+
+    with _noting("migrating") as note:
+        done = asyncio.run(migrate(data_dir, to, note=note))
+    if done.already:
+        typer.secho(f"nothing to do: {done.place} holds all of {data_dir} already", fg="green")
+    else:
+        typer.secho(f"migrated: {data_dir} to {done.place}", fg="green")
+    for collection in done.collections:
+        receipts = f", {_count(collection.receipts, 'receipt')}" if collection.receipts else ""
+        typer.echo(
+            f"  {collection.name}: {_count(collection.documents, 'document')}, last operation {collection.seq:,}{receipts}, "
+            f"digest {collection.digest}"
+        )
+    typer.echo(f"  {_count(len(done.collections), 'collection')} and {_count(done.aliases, 'alias')}, the same in both")
+    if not done.durable:
+        typer.secho("  this PostgreSQL has fsync=off: it may lose data in a power failure", fg="yellow")
+    typer.echo(
+        "From now on start every search process with SEARCH_LEDGER_URL: what is written without it stays behind."
+    )
+
+
 @contextmanager
 def _noting(label: str) -> Iterator[Note]:
     """Show on a terminal what is being done, in a line that goes away."""
@@ -108,7 +151,8 @@ def _say_contents(manifest: BackupManifest) -> None:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,16 @@ from pathlib import Path
 from services.common.errors import Conflict
 from services.search.claim import Claim
 from services.search.offline.errors import BackupError
-from services.search.offline.layout import FORMAT, LEDGER, SHARDS, BackupManifest, CollectionMark, ShardMark, new_name
+from services.search.offline.layout import (
+    FORMAT,
+    LEDGER,
+    SHARDS,
+    BackupManifest,
+    CollectionMark,
+    ShardMark,
+    check_no_stack,
+    new_name,
+)
 from services.search.offline.ledger_copy import copy_ledger
 from services.search.offline.places import Place
 from services.search.offline.shard_copies import shard_directories, stage_shard
@@ -47,7 +56,7 @@ def back_up(
     *note* is told what is being done.
 
     Raises:
-        BackupError: There is no such data, it cannot be read, or the place cannot be written.
+        OfflineError: There is no such data, it cannot be read, or the place cannot be written.
     """
     _check(data_dir, ledger=ledger, shards=shards)
     place = Place(to)
@@ -89,8 +98,7 @@ def _check(data_dir: Path, *, ledger: bool, shards: bool) -> None:
     wanted = LEDGER if ledger else SHARDS
     if (data_dir / wanted).exists():
         return
-    if (data_dir / "search" / wanted).exists():
-        raise BackupError(f"{data_dir} is the folder of a whole stack: --data-dir {data_dir / 'search'} is meant")
+    check_no_stack(data_dir, wanted)
     if ledger and (data_dir / SHARDS).is_dir():
         raise BackupError(
             f"There is no {LEDGER} in {data_dir}. If the ledger is in PostgreSQL, back that up with PostgreSQL's own "

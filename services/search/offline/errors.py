@@ -1,5 +1,13 @@
-"""What can go wrong with a backup that a user can mend."""
+"""What can go wrong with a service's data that a user can mend; the message says why and what to do."""
 
 
-class BackupError(Exception):
-    """A backup could not be made or restored; the message says why and what to do."""
+class OfflineError(Exception):
+    """What was asked for could not be done."""
+
+
+class BackupError(OfflineError):
+    """A backup could not be made or restored."""
+
+
+class MigrationError(OfflineError):
+    """A ledger could not be moved."""

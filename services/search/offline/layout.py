@@ -2,10 +2,12 @@
 
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from services.search.offline.errors import OfflineError
 from services.search.shards.snapshot import FileMark
 
 LEDGER, SHARDS = "ledger.db", "shards"
@@ -23,6 +25,12 @@ def new_name() -> str:
 def is_name(name: str) -> bool:
     """Whether a backup may have that name."""
     return _NAME.fullmatch(name) is not None
+
+
+def check_no_stack(directory: Path, wanted: str) -> None:
+    """Raise OfflineError where *directory* is not a data directory but a whole stack's folder, with *wanted* further in."""
+    if not (directory / wanted).exists() and (directory / "search" / wanted).exists():
+        raise OfflineError(f"{directory} is the folder of a whole stack: --data-dir {directory / 'search'} is meant")
 
 
 def _relative(path: str) -> str:

@@ -6,7 +6,7 @@ import apsw
 
 from services.search.ledger.connection import connect, explain
 from services.search.ledger.schema import MIGRATIONS
-from services.search.offline.errors import BackupError
+from services.search.offline.errors import BackupError, OfflineError
 from services.search.offline.layout import CollectionMark
 
 
@@ -17,12 +17,13 @@ def copy_ledger(source: Path, target: Path) -> list[CollectionMark]:
     The service that has it open goes on reading and writing; only its log cannot shrink meanwhile.
 
     Raises:
-        BackupError: It cannot be read, is damaged, or another version of Tercet wrote it.
+        BackupError: It cannot be read, or is damaged.
+        OfflineError: Another version of Tercet wrote it.
     """
     try:
         reader = connect(source, readonly=True)
         try:
-            _check_version(int(reader.pragma("user_version")), source)
+            check_version(reader, source)
             reader.execute("VACUUM INTO ?", (str(target),))
         finally:
             reader.close()
@@ -31,12 +32,13 @@ def copy_ledger(source: Path, target: Path) -> list[CollectionMark]:
         raise BackupError(str(explain(error, source))) from error
 
 
-def _check_version(version: int, path: Path) -> None:
-    known = len(MIGRATIONS)
+def check_version(connection: apsw.Connection, path: Path) -> None:
+    """Raise OfflineError where another version of Tercet wrote the ledger *path*."""
+    version, known = int(connection.pragma("user_version")), len(MIGRATIONS)
     if version > known:
-        raise BackupError(f"A newer Tercet wrote the ledger {path}: back it up with that one")
+        raise OfflineError(f"A newer Tercet wrote the ledger {path}: use that one")
     if version < known:
-        raise BackupError(f"An older Tercet wrote the ledger {path}: start the search service once, which converts it")
+        raise OfflineError(f"An older Tercet wrote the ledger {path}: start the search service once, which converts it")
 
 
 def _checked(path: Path) -> list[CollectionMark]:

@@ -58,6 +58,7 @@ class HostMetrics:
         )
         self._age.labels(name).set_function(lambda: host.snapshot_age_s)
         self._memory.labels(name).set_function(lambda: sum(standing.memory_bytes for standing in host.open_standings()))
+        self._maintenance.labels(name)
         self._disk_free.labels(name).set_function(lambda: host.disk_bytes()[0])
         self._disk.labels(name).set_function(lambda: host.disk_bytes()[1])
         for kind in SEGMENT_KINDS:

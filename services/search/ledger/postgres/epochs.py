@@ -54,15 +54,19 @@ async def present_epoch(connection: asyncpg.Connection, schema: str) -> Epoch:
         newest = await connection.fetchrow(_NEWEST)
         if newest["present"]:
             return Epoch(newest["number"], newest["token"])
-        begun = Epoch((newest["number"] or 0) + 1, str(uuid.uuid4()))
-        await connection.execute(
-            "INSERT INTO epochs (number, token, server) VALUES ($1, $2, $3)",
-            begun.number,
-            begun.token,
-            newest["server"],
-        )
-        await connection.execute(_NOTE_STARTS, begun.number)
+        begun = await begin_epoch(connection)
     _log.info("ledger_epoch_begun", schema=schema, number=begun.number, epoch=begun.token)
+    return begun
+
+
+async def begin_epoch(connection: asyncpg.Connection) -> Epoch:
+    """Begin another epoch of this server, in a transaction that has `LOCK`, and note where every collection stands."""
+    newest = await connection.fetchrow(_NEWEST)
+    begun = Epoch((newest["number"] or 0) + 1, str(uuid.uuid4()))
+    await connection.execute(
+        "INSERT INTO epochs (number, token, server) VALUES ($1, $2, $3)", begun.number, begun.token, newest["server"]
+    )
+    await connection.execute(_NOTE_STARTS, begun.number)
     return begun
 
 
