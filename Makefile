@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test test-clients check unit k8s-check k8s-render rules-test dashboards dashboards-check demo-eval docs chaos chaos-index bench-embedding bench-search bench-pipeline bench-rerank eval-rerank bench-peers train-reranker install images image-check clean
+.PHONY: help run test test-clients check unit k8s-check k8s-render cluster-sim rules-test dashboards dashboards-check demo-eval docs chaos chaos-index bench-embedding bench-search bench-pipeline bench-rerank eval-rerank bench-peers train-reranker install images image-check clean
 
 help: ## List the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -42,6 +42,9 @@ k8s-check: $(VENV)/.installed-test ## Render deploy/k8s, compare it with what is
 
 k8s-render: $(VENV)/.installed-test ## Write deploy/k8s/rendered and the PrometheusRules from their sources
 	$(BIN)/python -m tests.deploy.render
+
+cluster-sim: $(VENV)/.installed-test ## Every pod of the rendered cpu overlay as processes here, under load: rolled, killed, drained (SIM=--prometheus: and its alerts)
+	@exec $(BIN)/python -m tests.cluster $(SIM)
 
 demo-eval: $(VENV)/.installed ## MRR@10 of the twenty demo questions, by mode
 	@exec $(BIN)/tercet demo-eval

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("embedding", "rerank", "search")
 USER = "10001:10001"
 STAND_IN = "localhost/python:3.11-slim-bookworm"
-START_PATIENCE_S = 240.0
+START_PATIENCE_S = 600.0
 STOP_PATIENCE_S = 40.0
 IN_A_NAMESPACE = "TERCET_IMAGE_CHECK"
 

@@ -205,6 +205,7 @@ def _wrap(
     app = DisconnectMiddleware(app)
     keys, usual = open_key_ring(settings), limits_of(settings)
     service.asks_for_keys = keys is not None
+    service.metrics.show_keys(key.name for key in (keys.keys if keys is not None else ()))
     if keys is not None or usual.any:
         scope_of = needs or (lambda _method, _path: SERVICE_SCOPE.get(service.name, ALL))
         app = AccessMiddleware(app, keys=keys, governor=governor, usual=usual, needs=scope_of)
@@ -237,6 +238,7 @@ def make_breaker(name: str, settings: ServiceSettings, metrics: Metrics, *, in_a
         reset_s=settings.breaker_reset_s,
         in_a_row=in_a_row,
         on_state=metrics.breaker_state.labels(name).set,
+        on_failure=metrics.dependency_failures.labels(name).inc,
     )
     weakref.finalize(breaker, _forget_breaker, metrics, name).atexit = False
     return breaker
@@ -244,8 +246,9 @@ def make_breaker(name: str, settings: ServiceSettings, metrics: Metrics, *, in_a
 
 def _forget_breaker(metrics: Metrics, name: str) -> None:
     if metrics.breakers.get(name) is None:  # Otherwise another one for the same dependency has been made meanwhile.
-        with suppress(KeyError):
-            metrics.breaker_state.remove(name)
+        for series in (metrics.breaker_state, metrics.dependency_failures):
+            with suppress(KeyError):
+                series.remove(name)
 
 
 def make_store(
@@ -293,8 +296,11 @@ def caller_of(request: Request) -> str:
 
 
 def charge_tokens(request: Request, tokens: int) -> None:
-    """Debit the *tokens* that *request* took from its caller's allowance, if any, and note them in its trace. Never raises."""
+    """Debit the *tokens* that *request* took from its caller's allowance, if any; count them and note them. Never raises."""
     annotate({"tercet.tokens": tokens})
+    key = request.scope.get("tercet_caller")
+    if key is not None:
+        service_of(request).metrics.key_tokens.labels(key).inc(tokens)
     charge = request.scope.get("tercet_charge")
     if charge is not None:
         charge(tokens)

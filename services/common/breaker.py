@@ -71,6 +71,7 @@ class Breaker:
         reset_s: float = 2.0,
         in_a_row: int | None = None,
         on_state: Callable[[int], None] | None = None,
+        on_failure: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -80,6 +81,7 @@ class Breaker:
         self._reset_s = reset_s
         self._in_a_row = max(IN_A_ROW, min_calls) if in_a_row is None else in_a_row
         self._on_state = on_state or (lambda _state: None)
+        self._on_failure = on_failure
         self._clock = clock
         self._calls: deque[tuple[float, bool]] = deque()
         self._failures = 0
@@ -173,6 +175,8 @@ class Breaker:
 
     def _learn(self, failed: bool, *, probe: bool) -> None:
         now = self._clock()
+        if failed:
+            self._on_failure()
         if probe:
             self._calls.clear()
             self._failures = self._run = 0

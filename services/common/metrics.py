@@ -4,7 +4,8 @@ Prometheus metrics: a registry per application, so that tests build many apps in
 Every series that can be known in advance exists from the start with value 0: an empty `/metrics` breaks alerts.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
 from weakref import WeakValueDictionary
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -64,12 +65,28 @@ class Metrics:
         )
         self.breakers: WeakValueDictionary[str, Breaker] = WeakValueDictionary()
         """Those whose state is shown, by dependency, as long as they are in use."""
+        self.dependency_failures = Counter(
+            "tercet_dependency_failures_total",
+            "Calls that failed or were slow, as the breaker before the dependency counts them.",
+            ["dependency"],
+            registry=self.registry,
+        )
+        self.key_requests = self.counter("tercet_key_requests_total", "Requests by the API key's name.", ("key",))
+        self.key_tokens = self.counter(
+            "tercet_key_tokens_total", "Tokens that a model read for requests, by the API key's name.", ("key",)
+        )
         self.extra_calls = Counter(
             "tercet_extra_calls_total",
             "Retries and hedged reads that the budget allowed (made) or not (refused).",
             ["dependency", "outcome"],
             registry=self.registry,
         )
+
+    def show_keys(self, names: Iterable[str]) -> None:
+        """Let the series of the API keys called *names* start at 0; there are none for other callers."""
+        for name in names:
+            self.key_requests.labels(name)
+            self.key_tokens.labels(name)
 
     def counter(self, name: str, text: str, labels: tuple[str, ...] = (), values: tuple[str, ...] = ()) -> Counter:
         """Add a counter; with one label, its series for each of *values* starts at 0."""
@@ -93,6 +110,23 @@ class Metrics:
     def exposition(self) -> bytes:
         """Return everything in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+def summed(
+    histograms: Iterable[Histogram], routes: Collection[str] | None = None
+) -> tuple[list[tuple[str, float]], float]:
+    """Return the cumulative buckets of *histograms*, summed (of these *routes* only, where they have routes), and their sum."""
+    buckets: dict[str, float] = defaultdict(float, {"+Inf": 0.0})
+    total = 0.0
+    for family in (family for histogram in histograms for family in histogram.collect()):
+        for sample in family.samples:
+            if routes is not None and sample.labels["route"] not in routes:
+                continue
+            if sample.name.endswith("_bucket"):
+                buckets[sample.labels["le"]] += sample.value
+            elif sample.name.endswith("_sum"):
+                total += sample.value
+    return sorted(buckets.items(), key=lambda bucket: float(bucket[0])), total
 
 
 def _codes(cls: type[TercetError]) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 """What the embedding service tells Prometheus besides its batches: requests, models, the cache, and the names others use."""
 
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric, UnknownMetricFamily
@@ -10,7 +9,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 
 from services.common.batching import BatchObservation, Lane
 from services.common.batching.metrics import BatchMetrics
-from services.common.metrics import Metrics
+from services.common.metrics import Metrics, summed
 from services.embedding.registry import ModelRegistry
 
 EMBED_ROUTES = frozenset(
@@ -93,7 +92,6 @@ class EmbeddingMetrics(BatchMetrics):
             "tercet_embedding_models_bytes", "Memory that the weights of loaded models take.", models.resident_bytes
         )
         self._metrics.gauge("tercet_embedding_models", "Models in memory.", lambda: len(models.loaded()))
-        self._metrics.gauge("gpu_memory_used_bytes", "Memory in use on the GPU, 0 without one.", gpu_memory_used_bytes)
         self._metrics.registry.register(_OtherNames(self._metrics, self._parts(), self._waiting))
 
     def _waiting(self) -> float:
@@ -132,11 +130,11 @@ class _OtherNames:
         total = sum(statuses.values())
         for name, value in (("count", total), ("success", good), ("failure", total - good)):
             yield UnknownMetricFamily(f"te_request_{name}", "Embedding requests.", value)
-        buckets, seconds = _summed([self._metrics.request_seconds], EMBED_ROUTES)
+        buckets, seconds = summed([self._metrics.request_seconds], EMBED_ROUTES)
         for name in ("embedding_latency_seconds", "te_request_duration"):
             yield HistogramMetricFamily(name, "Time to answer an embedding request.", buckets, seconds)
         for name, histograms in self._parts.items():
-            yield HistogramMetricFamily(name, "See the histogram of ours.", *_summed(histograms))
+            yield HistogramMetricFamily(name, "See the histogram of ours.", *summed(histograms))
         yield GaugeMetricFamily("te_queue_size", "Texts without a result yet.", self._waiting())
 
     def _statuses(self) -> dict[str, float]:
@@ -146,29 +144,3 @@ class _OtherNames:
                 if sample.name.endswith("_total") and sample.labels["route"] in EMBED_ROUTES:
                     counts[sample.labels["status"]] += sample.value
         return counts
-
-
-def _summed(
-    histograms: Iterable[Histogram], routes: Collection[str] | None = None
-) -> tuple[list[tuple[str, float]], float]:
-    """Return the buckets of *histograms*, summed, of these *routes* where they have them, and their sum."""
-    buckets: dict[str, float] = defaultdict(float, {"+Inf": 0.0})
-    total = 0.0
-    for family in (family for histogram in histograms for family in histogram.collect()):
-        for sample in family.samples:
-            if routes is not None and sample.labels["route"] not in routes:
-                continue
-            if sample.name.endswith("_bucket"):
-                buckets[sample.labels["le"]] += sample.value
-            elif sample.name.endswith("_sum"):
-                total += sample.value
-    return sorted(buckets.items(), key=lambda bucket: float(bucket[0])), total
-
-
-def gpu_memory_used_bytes() -> float:
-    """Return what is in use on the first GPU, by whomever; 0 without one, or while no model needed torch."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return 0.0
-    free, total = torch.cuda.mem_get_info()
-    return float(total - free)

@@ -1,5 +1,6 @@
 """What batchers tell Prometheus."""
 
+import sys
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -36,6 +37,9 @@ class BatchMetrics:
         for lane in Lane:
             text = f"Items of the {lane} lane without a result yet."
             metrics.gauge(f"tercet_{work}_{lane}_queue_items", text, partial(self._depth, lane))
+        text = "on the first GPU, by whomever; 0 without one."
+        metrics.gauge("gpu_memory_used_bytes", f"Memory in use {text}", lambda: gpu_memory_bytes()[0])
+        metrics.gauge("gpu_memory_total_bytes", f"Memory there is {text}", lambda: gpu_memory_bytes()[1])
 
     def watch(self, batcher: Batcher[Any, Any]) -> None:
         """Have *batcher* tell what it does, for as long as it is in use."""
@@ -54,3 +58,12 @@ class BatchMetrics:
 
     def _depth(self, lane: Lane) -> int:
         return sum(batcher.depth(lane) for batcher in self._batchers)
+
+
+def gpu_memory_bytes() -> tuple[float, float]:
+    """Return how much of the first GPU's memory is in use, by whomever, and all of it; 0 without one, or before torch is used."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return 0.0, 0.0
+    free, total = torch.cuda.mem_get_info()
+    return float(total - free), float(total)

@@ -93,6 +93,9 @@ class RequestContextMiddleware:
         if timer is None:
             timer = self._timers[route] = self._metrics.request_seconds.labels(route)
         timer.observe(seconds)
+        caller: str | None = scope.get("tercet_caller")
+        if caller is not None:
+            self._metrics.key_requests.labels(caller).inc()
         code = scope.get("tercet_error_code")
         if code:
             self._metrics.errors.labels(code).inc()
@@ -105,6 +108,6 @@ class RequestContextMiddleware:
                 route=route,
                 status=status,
                 code=code,
-                caller=scope.get("tercet_caller"),
+                caller=caller,
                 duration_ms=round(seconds * 1000, 2),
             )
