@@ -46,6 +46,7 @@ def write_shipped(student: CrossEncoder, embedding_model: str, place: Path) -> N
     halves = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     save_file(halves, made / _WEIGHTS, metadata={"format": "pt"})
     (made / _WHOLE).unlink()
+    (made / _WEIGHTS).chmod(0o644)  # It is written for its owner alone, and is to be read by the services' user.
     digest = hashlib.sha256(theirs.numpy().tobytes()).hexdigest()
     taken = {WORD_EMBEDDINGS: {"model": embedding_model, "tensor": WORD_EMBEDDINGS, "sha256": digest}}
     _write_json(made / COMPLETION_FILE, {"weights": _WEIGHTS, "whole": _WHOLE, "taken": taken})

@@ -15,6 +15,7 @@ PACKAGED = {
     "tercet-reranker": ("tercet", "models/reranker"),
 }
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
+DEFAULT_RERANKER = "tercet-reranker"
 FAKE_MODEL = "fake"
 
 # What decides the vectors; a README or a second weight format beside them does not.

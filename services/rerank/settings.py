@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from services.common.model_files import DEFAULT_MODEL
+from services.common.model_files import DEFAULT_RERANKER
 from services.common.settings import ModelServiceSettings
 
 LATE_INTERACTION = "late-interaction/"
@@ -21,10 +21,11 @@ class RerankSettings(ModelServiceSettings):
         default=8002, description="Port to listen on; 0 picks one."
     )
     model: str = Field(
-        default=f"{LATE_INTERACTION}{DEFAULT_MODEL}",
+        default=DEFAULT_RERANKER,
         min_length=1,
-        description="`late-interaction/` and an embedding model, or a directory or hub id of a CrossEncoder, of a model with a "
-        "sequence-classification head or of a decoder in the Qwen3-Reranker form, or `fake`.",
+        description="The packaged `tercet-reranker`; `late-interaction/` and an embedding model; a directory or hub id of a "
+        "CrossEncoder, of a model with a sequence-classification head or of a decoder in the Qwen3-Reranker form; or "
+        "`fake`.",
     )
     first_stage: str = Field(
         default=AUTO,

@@ -10,6 +10,7 @@ from services.search.ports import Candidate, LexicalStatistics
 
 RRF_K = 60
 BM25_K1 = 1.2
+LEAST_DOUBT = 1e-7  # A reranker that is sure in float32 is not sure for ever.
 ROUNDING = 1e-6  # Shards score in float32: equal scores may differ in their last places.
 
 
@@ -77,11 +78,12 @@ def blend(ranked: Sequence[Ranked], scores: Sequence[float | None], *, weight: f
     """
     Return *ranked* in the last order: the reranker's *scores* for its first entries, blended with the fused scores.
 
-    Both are standardised over the entries that were scored; *weight* is the reranker's share. Entries without a score
-    follow, in retrieval order and with their retrieval score.
+    Both are standardised over the entries that were scored, the reranker's as log-odds: as probabilities the best few
+    would decide all. *weight* is the reranker's share. Entries without a score follow, in retrieval order and with their
+    retrieval score.
     """
     judged = [(entry, score) for entry, score in zip(ranked, scores, strict=False) if score is not None]
-    rerank = standardize([score for _, score in judged])
+    rerank = standardize([log_odds(score) for _, score in judged])
     fused = standardize([entry.fused for entry, _ in judged])
     blended = [
         Ranked(entry.candidate, entry.fused, weight * r + (1.0 - weight) * f, "blended", score)
@@ -90,6 +92,12 @@ def blend(ranked: Sequence[Ranked], scores: Sequence[float | None], *, weight: f
     blended.sort(key=lambda entry: (-entry.score, entry.candidate.id))
     done = {entry.candidate.id for entry in blended}
     return [*blended, *(entry for entry in ranked if entry.candidate.id not in done)]
+
+
+def log_odds(probability: float) -> float:
+    """Return ln(p / (1 - p)), of what is nearer to 0 or 1 than `LEAST_DOUBT` that of the last value that is not."""
+    kept = min(max(probability, LEAST_DOUBT), 1.0 - LEAST_DOUBT)
+    return math.log(kept / (1.0 - kept))
 
 
 def standardize(scores: Sequence[float]) -> list[float]:

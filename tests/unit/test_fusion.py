@@ -194,6 +194,15 @@ def test_blend_by_hand():
     ]
 
 
+def test_the_reranker_counts_by_log_odds():
+    """Nine to one is as far from even as one to nine and half as far as 81 to 1; certainty is kept finite."""
+    last = blend(ranked_by(a=0.0, b=0.0, c=0.0, d=0.0), [0.5, 0.1, 0.9, 81 / 82], weight=1.0)
+    z = scores(last)
+    assert z["c"] - z["a"] == pytest.approx(z["a"] - z["b"])
+    assert z["d"] - z["a"] == pytest.approx(2 * (z["c"] - z["a"]))
+    assert ids(blend(ranked_by(a=2.0, b=1.0, c=3.0), [1.0, 1.0, 0.0], weight=1.0)) == ["a", "b", "c"]
+
+
 def test_the_blends_weight_decides():
     """With weight 1 the order is the reranker's, with 0 it is retrieval's."""
     entries = ranked_by(a=3.0, b=2.0, c=1.0)

@@ -8,7 +8,6 @@ import numpy as np
 
 from services.search.settings import SearchSettings
 from tercet.evaluation import measure
-from training.calibration import sigmoid
 from training.candidates import Floats, standardised
 from training.evaluate import Cascade, Scored
 
@@ -69,7 +68,7 @@ def without_rerank(questions: Sequence[Scored], grades: Sequence[Mapping[int, in
 def ranked(questions: Sequence[Scored], grades: Sequence[Mapping[int, int]], cascade: Cascade) -> Ranked:
     """Return nDCG@10 of each of *questions* by their logits, and as search blends what *cascade* makes of them."""
     blended = [
-        (1 - BLEND) * standardised(scored.hybrid) + BLEND * standardised(_probabilities(scored, cascade))
+        (1 - BLEND) * standardised(scored.hybrid) + BLEND * standardised(cascade.blended(scored))
         for scored in questions
     ]
     return Ranked(_each(questions, grades, [scored.logits for scored in questions]), _each(questions, grades, blended))
@@ -80,11 +79,6 @@ def sign_test(better: int, worse: int) -> float:
     count = better + worse
     tail = sum(comb(count, k) for k in range(min(better, worse) + 1))
     return min(1.0, tail / 2 ** (count - 1)) if count else 1.0
-
-
-def _probabilities(scored: Scored, cascade: Cascade) -> Floats:
-    made: Floats = sigmoid(cascade.blended(scored).astype(np.float64)).astype(np.float32)
-    return made
 
 
 def _each(questions: Sequence[Scored], grades: Sequence[Mapping[int, int]], scores: Sequence[Floats]) -> list[float]:
