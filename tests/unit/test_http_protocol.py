@@ -98,3 +98,32 @@ async def test_answers_over_a_socket_are_whole():
     assert bodies[2] == b""
     assert bodies[3].replace(b"\r\n", b"") == b"4one 4two 7/pieces0"
     assert bodies[4] == b"5\r\n/last\r\n0\r\n\r\n"
+
+
+async def test_a_server_that_stops_answers_one_more_request_on_each_connection():
+    """Who sends while the server is told to stop is answered, and told to go elsewhere; idle connections are closed."""
+    config = uvicorn.Config(
+        app, port=0, http=OneWriteProtocol, log_config=None, lifespan="off", timeout_graceful_shutdown=10
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    async with asyncio.timeout(PATIENCE_S):
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        used, unused = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        used[1].write(b"GET /first HTTP/1.1\r\nHost: x\r\n\r\n")
+        first = await used[0].readuntil(b"0\r\n\r\n")
+        server.should_exit = True
+        while server.servers[0].is_serving():
+            await asyncio.sleep(0.01)
+        used[1].write(b"GET /second HTTP/1.1\r\nHost: x\r\n\r\n")
+        second, nothing = await used[0].read(), await unused[0].read()
+        await serving
+        for _, writer in (used, unused):
+            writer.close()
+    assert b"connection: close" not in first
+    assert second.startswith(b"HTTP/1.1 200 OK")
+    assert b"connection: close" in second
+    assert b"/second" in second
+    assert nothing == b""
