@@ -19,6 +19,7 @@ from tercet.commands import (
     fit_pca,
     index,
     keys,
+    migrate,
     plan,
     reindex,
     restore,
@@ -86,6 +87,7 @@ app.command("fit-pca", context_settings=PASS_ON)(fit_pca.fit_pca)
 app.command("train-reranker", context_settings=PASS_ON)(train_reranker.train_reranker)
 app.command("snapshot", context_settings=PASS_ON)(snapshot.snapshot)
 app.command("restore", context_settings=PASS_ON)(restore.restore)
+app.command("migrate", context_settings=PASS_ON)(migrate.migrate)
 app.command("plan")(plan.plan)
 app.command("reindex")(reindex.reindex)
 app.command("audit")(audit.audit)

@@ -28,7 +28,7 @@ class PostgresServer:
         self._binaries = binaries
         if self._user:
             if PACKAGE in binaries.parts:
-                self._binaries = _copied(binaries, self._directory)
+                self._binaries = copied(binaries, self._directory)
             entry = pwd.getpwnam(self._user)
             os.chown(self._directory, entry.pw_uid, entry.pw_gid)
         with socket.socket() as probe:
@@ -128,7 +128,7 @@ def postgres_binaries() -> Path | None:
     return Path(found).resolve().parent if found else None
 
 
-def _copied(binaries: Path, target: Path) -> Path:
+def copied(binaries: Path, target: Path) -> Path:
     """Copy the package and the libraries beside it, since another user may have no way to where they are installed."""
     package = binaries.parents[1]
     for directory in (package, package.with_name(f"{PACKAGE}.libs")):

@@ -1,4 +1,4 @@
-"""What commands share that run in a process of their own: `export`, `fit-pca`, `snapshot`, `restore`, `train-reranker`."""
+"""What commands share that run in a process of their own: `export`, `migrate`, `snapshot` and so on."""
 
 import subprocess
 import sys

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 
 from services.search.offline.backup import STAGING, back_up
-from services.search.offline.errors import BackupError
+from services.search.offline.errors import BackupError, OfflineError
 from services.search.offline.layout import LEDGER
 from services.search.offline.restoring import restore
 from tests.search_process import SearchProcess
@@ -280,7 +280,7 @@ def test_what_cannot_be_backed_up_is_said(backups: Path, tmp_path: Path) -> None
     if find_spec("s3fs") is None:
         cases.append((whole, "s3://bucket/x", "s3fs"))
     for data_dir, to, message in cases:
-        with pytest.raises(BackupError, match=message):
+        with pytest.raises(OfflineError, match=message):
             back_up(data_dir, to)
     assert back_up(tmp_path / "node", "memory://node", ledger=False).manifest.collections is None
 

@@ -19,9 +19,10 @@ from services.search.ports import Collection, CollectionState
 
 PIECE_BYTES = 256 * 1024
 
-# A row may take as long as it takes to come; a machine that is lost with its end of the connection is noticed all the same.
+# A ledger may take as long as it takes to be read; a machine that is lost with its end of the connection is noticed all the same.
 _SESSION = """
     SET LOCAL statement_timeout = 0;
+    SET LOCAL idle_in_transaction_session_timeout = 0;
     SET LOCAL tcp_keepalives_idle = 60;
     SET LOCAL tcp_keepalives_interval = 10;
     SET LOCAL tcp_keepalives_count = 6;
