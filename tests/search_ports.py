@@ -172,9 +172,13 @@ class Reranker:
         self.error: Exception | None = None
         self.asked: list[list[str]] = []
         self.under_way = 4
+        self.priors: list[list[float]] = []
 
-    async def rerank(self, query: str, texts: Sequence[str], deadline: Deadline) -> Reranked:
+    async def rerank(
+        self, query: str, texts: Sequence[str], deadline: Deadline, *, priors: Sequence[float]
+    ) -> Reranked:
         self.asked.append(list(texts))
+        self.priors.append(list(priors))
         if self.error:
             raise self.error
         return Reranked([self.scores[text[-1]] for text in texts], "ranker", "r@1")

@@ -9,13 +9,20 @@ outputs for support vector machines", 1999), which is what lets documents of the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from services.common.errors import Overloaded
 from services.rerank.logits import logit_of, sigmoid
 from services.rerank.ports import ScorerInfo
 from services.rerank.scorer import Scorer
 from services.rerank.scores import DocumentScore, RawScore, Scored, ScoreOptions
+
+PRIOR_SHARE: Final = (
+    0.4  # As in search's hybrid + MaxSim on seven sets: .8036 of nDCG@10 with the best 10, .8011 by MaxSim alone.
+)
 
 
 class Blend(Protocol):
@@ -112,13 +119,13 @@ class Cascade:
     async def score(self, query: str, texts: Sequence[str], options: ScoreOptions) -> Scored:
         """
         Score *texts*: the first scorer all of them in the order given, the second the best of those, best first.
+        With *priors* the best are those by a sum of both.
 
         Of the time there is the first takes what it needs: an order of all candidates is worth more than a better one
         of some. With *allow_partial* a second scorer whose queue is full is done without, too. Raises: As Scorer.raw.
         """
         before = await self._first.raw(query, texts, options)
-        scored = [(-one.raw, index) for index, one in enumerate(before.documents) if one is not None]
-        order = [index for _, index in sorted(scored)[: self._most]]
+        order = _best(before.documents, options.priors)[: self._most]
         timings, cut = before.timings, before.query_cut
         last: dict[int, RawScore | None] = {}
         try:
@@ -154,3 +161,21 @@ class Cascade:
             cached=first.cached and decisive.cached,
             stage="last" if last else "first",
         )
+
+
+def _best(documents: Sequence[RawScore | None], priors: Sequence[float] | None) -> list[int]:
+    """Return the places of the *documents* that have a score, best first, by it and by their *priors*."""
+    there = [index for index, one in enumerate(documents) if one is not None]
+    values = np.array([one.raw for one in documents if one is not None])
+    if priors is not None:
+        beside = np.array([priors[index] for index in there])
+        values = (1 - PRIOR_SHARE) * _standardized(values) + PRIOR_SHARE * _standardized(beside)
+    return [there[at] for at in np.argsort(-values, kind="stable")]
+
+
+def _standardized(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return *values* with mean 0 and deviation 1; zeros where they are all alike."""
+    centred = values - values.mean() if len(values) else values
+    deviation = float(np.sqrt((centred**2).mean())) if len(values) else 0.0
+    made: NDArray[np.float64] = centred / deviation if deviation > 1e-9 else np.zeros_like(values)
+    return made

@@ -132,6 +132,7 @@ class Reranker:
         caller: str = "",
         long_documents: LongDocuments | None = None,
         max_document_tokens: int | None = None,
+        priors: Sequence[float] | None = None,
     ) -> Scored:
         """
         Score *texts* against *query*, the first ones first; values from 0 to 1 unless *raw*. See ScoreOptions for the rest.
@@ -147,7 +148,7 @@ class Reranker:
                 param="model",
             )
         reading = long_documents or self._long_documents
-        options = ScoreOptions(lane, deadline, allow_partial, caller, reading, max_document_tokens)
+        options = ScoreOptions(lane, deadline, allow_partial, caller, reading, max_document_tokens, priors)
         scored = await self._ranker.score(query, texts, options)
         record_work(scored)
         if self._observer is not None:

@@ -70,6 +70,7 @@ async def rerank(request: Request, body: NativeRerankRequest) -> RerankReply:
         allow_partial=body.allow_partial,
         caller=caller_of(request),
         long_documents=body.long_documents,
+        priors=body.priors,
         max_document_tokens=body.max_document_tokens,
     )
     charge_tokens(request, scored.tokens)

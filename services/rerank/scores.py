@@ -21,6 +21,7 @@ class ScoreOptions:
     With *allow_partial* a deadline that passes leaves documents without a score, else it is an error. *caller* is
     whose work it is. *long_documents* says what is read of a document that does not fit beside the query: `windows`
     all of it, part by part, `first` the first part. *max_document_tokens* cuts each document beforehand, None does not.
+    *priors* is how good the caller holds each document to be, on any scale.
     """
 
     lane: Lane
@@ -29,6 +30,7 @@ class ScoreOptions:
     caller: str = ""
     long_documents: LongDocuments = "windows"
     max_document_tokens: int | None = None
+    priors: Sequence[float] | None = None
 
 
 class RawScore(NamedTuple):

@@ -34,7 +34,7 @@ class RerankSettings(ModelServiceSettings):
         "was fitted with, where the package has it, as for the default model. Empty: the model scores all.",
     )
     last_stage_documents: Annotated[int, Field(ge=1)] = Field(
-        default=100, description="After a first stage the model scores so many documents of a request, the best ones."
+        default=10, description="After a first stage the model scores so many documents of a request, the best ones."
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         default="auto",

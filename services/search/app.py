@@ -57,6 +57,7 @@ async def build(settings: SearchSettings, metrics: Metrics) -> AsyncIterator[Sea
         embedding = _client(settings, metrics, "embedding", settings.embedding_url, settings.embedding_max_calls, stack)
         rerank = _client(settings, metrics, "rerank", settings.rerank_url, settings.rerank_max_calls, stack)
         bulk = _bulk_client(settings, metrics, stack)
+        peers = {client.name: client for client in (embedding, rerank, bulk) if client is not None}
         embedder = HttpEmbeddingClient(embedding, bulk)
         catalog = Catalog(
             ledger,
@@ -108,7 +109,7 @@ async def build(settings: SearchSettings, metrics: Metrics) -> AsyncIterator[Sea
             cache_kind="redis" if settings.redis_url else "memory",
             cache_layers=layers,
             admission=admission,
-            clients={"embedding": embedding, "rerank": rerank} | ({} if bulk is None else {bulk.name: bulk}),
+            clients=peers,
         )
 
 

@@ -88,9 +88,11 @@ class HttpRerankClient:
         """See RerankClient."""
         return self._under_way
 
-    async def rerank(self, query: str, texts: Sequence[str], deadline: Deadline) -> Reranked:
+    async def rerank(
+        self, query: str, texts: Sequence[str], deadline: Deadline, *, priors: Sequence[float]
+    ) -> Reranked:
         """See RerankClient. The service is asked to answer a little before *deadline*, so that its part comes in time."""
-        body = NativeRerankRequest(query=query, documents=list(texts))
+        body = NativeRerankRequest(query=query, documents=list(texts), priors=list(priors))
         answer_by = deadline.earlier(ANSWER_MARGIN_S)
         self._under_way += 1
         try:
@@ -104,7 +106,8 @@ class HttpRerankClient:
             if not 0 <= result.index < len(texts):
                 raise DependencyUnavailable("rerank sent a result for a document that was not given")
             scores[result.index] = result.score
-        return Reranked(scores, reply.model, reply.fingerprint)
+        coarse = frozenset(result.index for result in reply.results if result.stage == "first")
+        return Reranked(scores, reply.model, reply.fingerprint, coarse)
 
 
 def _scoring_s(reply: RerankReply) -> float:

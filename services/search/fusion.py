@@ -1,7 +1,7 @@
 """How candidates' scores become one order: pure functions over what the shards proposed."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -74,15 +74,35 @@ def fuse(candidates: Sequence[Candidate], *, method: Fusion, dense_weight: float
     return _ordered(candidates, [dense_weight * d + bm25_weight * b for d, b in pairs], "fused")
 
 
-def blend(ranked: Sequence[Ranked], scores: Sequence[float | None], *, weight: float) -> list[Ranked]:
+def blend(
+    ranked: Sequence[Ranked],
+    scores: Sequence[float | None],
+    *,
+    weight: float,
+    coarse: Set[int] = frozenset(),
+) -> list[Ranked]:
     """
     Return *ranked* in the last order: the reranker's *scores* for its first entries, blended with the fused scores.
 
     Both are standardised over the entries that were scored, the reranker's as log-odds: as probabilities the best few
-    would decide all. *weight* is the reranker's share. Entries without a score follow, in retrieval order and with their
-    retrieval score.
+    would decide all. *weight* is the reranker's share. Entries at the places *coarse*, which only the first of two models
+    scored, are blended apart and follow: its scores and the other's do not compare well enough for one order. Entries
+    without a score come last, in retrieval order and with their retrieval score.
     """
-    judged = [(entry, score) for entry, score in zip(ranked, scores, strict=False) if score is not None]
+    judged = [
+        (entry, score, at in coarse)
+        for at, (entry, score) in enumerate(zip(ranked, scores, strict=False))
+        if score is not None
+    ]
+    fine = _blended([(entry, score) for entry, score, is_coarse in judged if not is_coarse], weight)
+    rest = _blended([(entry, score) for entry, score, is_coarse in judged if is_coarse], weight)
+    if fine and rest:
+        rest = _below(rest, fine[-1].score)
+    done = {entry.candidate.id for entry in (*fine, *rest)}
+    return [*fine, *rest, *(entry for entry in ranked if entry.candidate.id not in done)]
+
+
+def _blended(judged: Sequence[tuple[Ranked, float]], weight: float) -> list[Ranked]:
     rerank = standardize([log_odds(score) for _, score in judged])
     fused = standardize([entry.fused for entry, _ in judged])
     blended = [
@@ -90,8 +110,13 @@ def blend(ranked: Sequence[Ranked], scores: Sequence[float | None], *, weight: f
         for (entry, score), r, f in zip(judged, rerank, fused, strict=True)
     ]
     blended.sort(key=lambda entry: (-entry.score, entry.candidate.id))
-    done = {entry.candidate.id for entry in blended}
-    return [*blended, *(entry for entry in ranked if entry.candidate.id not in done)]
+    return blended
+
+
+def _below(ranked: Sequence[Ranked], score: float) -> list[Ranked]:
+    """Return *ranked* with scores moved down, all by as much, so that the first one's is under *score*."""
+    down = max(0.0, ranked[0].score - score) + 1.0
+    return [entry._replace(score=entry.score - down) for entry in ranked]
 
 
 def log_odds(probability: float) -> float:

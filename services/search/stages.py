@@ -21,6 +21,7 @@ from services.search.ports import (
     Embedded,
     EmbeddingClient,
     RerankClient,
+    Reranked,
     RetrievalQuery,
     Retrieved,
     Retriever,
@@ -199,20 +200,21 @@ class Stages:
         documents = await reader.read(first, "fetch")
         there = [entry for entry in first if entry.candidate.id in documents]
         texts = [model_text(d.title, d.text) for d in (documents[entry.candidate.id] for entry in there)]
-        scores = await self._scores(run, texts) if texts else []
-        run.reranked = sum(score is not None for score in scores)
-        if run.reranked == 0:
+        scored = await self._scored(run, texts, [entry.fused for entry in there]) if texts else None
+        if scored is None:
             return ranked
+        run.reranked = sum(score is not None for score in scored.scores)
         if wanted < asked:
             run.degrade("rerank_reduced")
         if run.reranked < len(texts) or len(first) < wanted:
             run.degrade("rerank_partial")
-        last = blend([*there, *ranked[len(first) :]], scores, weight=self._options.rerank_blend)
+        weight = self._options.rerank_blend
+        last = blend([*there, *ranked[len(first) :]], scored.scores, weight=weight, coarse=scored.coarse)
         threshold = run.request.min_score
         return _above(run, last) if threshold is not None and threshold.kind == "rerank" else last
 
-    async def _scores(self, run: Run, texts: Sequence[str]) -> Sequence[float | None]:
-        """Return what the reranker made of *texts* in time; nothing, with the reason noted, if it made nothing."""
+    async def _scored(self, run: Run, texts: Sequence[str], priors: Sequence[float]) -> Reranked | None:
+        """Return what the reranker made of *texts* in time; None, with the reason noted, if it made nothing."""
         assert run.request.query is not None, "the caller saw to it"
         allowed_s = self._budget.rerank_s(len(texts), run.deadline.remaining_s())
         timed = run.timed("rerank")
@@ -220,20 +222,21 @@ class Stages:
             if allowed_s <= 0:
                 raise DeadlineExceeded("Reading what is to be reranked took the time that was left")
             with timed:
-                scored = await self._rerank.rerank(run.request.query, texts, run.within("rerank", allowed_s))
+                until = run.within("rerank", allowed_s)
+                scored = await self._rerank.rerank(run.request.query, texts, until, priors=priors)
             judged = sum(score is not None for score in scored.scores)
             if judged == 0:
                 raise DeadlineExceeded("No candidate was reranked in the time that was left")
         except DeadlineExceeded:
             self._budget.note_rerank_late(len(texts), allowed_s)
             run.degrade("rerank_late")
-            return []
+            return None
         except TercetError:  # Down, overloaded, or it refuses a query that retrieval could read.
             run.degrade("rerank_unavailable")
-            return []
+            return None
         self._budget.note_reranked(judged, timed.seconds)
         run.reranked_by = scored.model
-        return scored.scores
+        return scored
 
 
 def reranks(run: Run) -> bool:

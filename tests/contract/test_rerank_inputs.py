@@ -189,6 +189,8 @@ OPTION_FAULTS = [
     ("/rerank", {"top_n": 1.5}, "top_n"),
     ("/rerank", {"long_documents": "all"}, "long_documents"),
     ("/rerank", {"max_document_tokens": 0}, "max_document_tokens"),
+    ("/rerank", {"priors": [1.0, 2.0, 3.0, 4.0, 5.0]}, "priors"),
+    ("/rerank", {"priors": ["high"]}, "priors.0"),
     ("/rerank", {"rank_fields": ["a"]}, "rank_fields"),
     ("/rerank", {"texts": ["a"]}, "texts"),
     ("/v1/rerank", {"top_n": -1}, "top_n"),

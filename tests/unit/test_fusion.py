@@ -221,6 +221,16 @@ def test_what_was_not_scored_follows_in_retrieval_order():
     ]
 
 
+def test_what_only_the_first_model_scored_follows():
+    """Those are blended among themselves, whatever their scores, and end before the unscored; scores fall all the way."""
+    entries = ranked_by(a=6.0, b=5.0, c=4.0, d=3.0, e=2.0, f=1.0)
+    last = blend(entries, [0.1, 0.99, 0.9, 0.98, 0.2, None], weight=1.0, coarse={1, 3})
+    assert ids(last) == ["c", "e", "a", "b", "d", "f"]
+    reranked = [entry.score for entry in last[:5]]
+    assert reranked == sorted(reranked, reverse=True)
+    assert ids(blend(entries[:2], [0.1, 0.9], weight=1.0, coarse={0, 1})) == ["b", "a"]
+
+
 def test_a_reranker_that_makes_no_difference_leaves_the_order():
     """Equal rerank scores decide nothing: the fused order stays."""
     assert ids(blend(ranked_by(a=3.0, b=2.0, c=1.0), [0.5, 0.5, 0.5], weight=0.5)) == ["a", "b", "c"]

@@ -56,9 +56,9 @@ async def test_the_split_travels(still):
     """Every stage is given a deadline of its own, before that of the search."""
     stack, given = still, {}
 
-    async def rerank(query, texts, deadline):
+    async def rerank(query, texts, deadline, *, priors):
         given["rerank"] = deadline.remaining_s()
-        return await plain(query, texts, deadline)
+        return await plain(query, texts, deadline, priors=priors)
 
     plain, stack.reranker.rerank = stack.reranker.rerank, rerank
     await stack.search(timeout_s=0.5)

@@ -50,7 +50,10 @@ async def start(last) -> AsyncIterator[Open]:
     started: list[Scorer] = []
 
     async def start(
-        blend: Blend | None = FITTED, limits: ScorerLimits = LIMITS, cache: ScoreCache | None = None
+        blend: Blend | None = FITTED,
+        limits: ScorerLimits = LIMITS,
+        cache: ScoreCache | None = None,
+        most: int = MOST,
     ) -> Cascade:
         turn = DeviceTurn()
         one = Scorer(TroubledScorer(), LIMITS, turn=turn, cache=cache)
@@ -59,7 +62,7 @@ async def start(last) -> AsyncIterator[Open]:
             started.append(scorer)
             await scorer.start()
         last.batches.clear()
-        return Cascade(one, two, blend or LastBeforeFirst(one, two), most=MOST)
+        return Cascade(one, two, blend or LastBeforeFirst(one, two), most=most)
 
     yield start  # type: ignore[misc]
     for scorer in started:
@@ -105,6 +108,19 @@ async def test_only_the_best_hundred(start, last):
     assert stages.count("last") == MOST
     assert [index for index, stage in enumerate(stages) if stage == "last"] == list(range(1, 2 * MOST, 2))
     assert made.documents[0].score == pytest.approx(-1.0)
+
+
+async def test_what_the_caller_knows_counts_in_the_choice(start, last):
+    """With priors the second reads the best by both; without, or where all are alike, the best by the first alone."""
+    cascade = await start(most=2)
+    texts = ["red green blue", "red green", "red", "other"]
+    for priors, read in (
+        (None, {0, 1}),
+        ([1.0] * 4, {0, 1}),
+        ([0.0, 1.0, 9.0, 9.0], {0, 2}),
+    ):
+        made = await score(cascade, texts, priors=priors)
+        assert {at for at, one in enumerate(made.documents) if one.stage == "last"} == read
 
 
 async def test_when_time_is_up_the_first_ones_score_stands(start, last):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, FiniteFloat
+from pydantic import BeforeValidator, Field, FiniteFloat, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from services.common.wire.base import MAX_INPUT_CHARS, QueryText, ReplyModel, RequestModel, RerankedText
@@ -58,6 +58,21 @@ class NativeRerankRequest(RequestModel):
     max_document_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Documents are cut to so many tokens before anything else."
     )
+    priors: list[FiniteFloat] | None = Field(
+        default=None,
+        description="How good each document is by what you know, on any scale, more being better: where a first model "
+        "chooses what the second one reads, it counts beside the first one's score.",
+    )
+
+    @field_validator("priors")
+    @classmethod
+    def _one_for_each_document(cls, priors: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        documents = info.data.get("documents")
+        if priors is not None and documents is not None and len(priors) != len(documents):
+            raise ValueError(
+                f"there are {len(priors)} for {len(documents)} documents: give one for each, or none at all"
+            )
+        return priors
 
     def texts(self) -> list[str]:
         """Return the documents' texts, in order."""

@@ -56,11 +56,16 @@ class EmbeddingClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reranked:
-    """A score from 0 to 1 for each text, None where the deadline came first; *model* says who scored."""
+    """
+    A score from 0 to 1 for each text, None where the deadline came first; *model* says who scored.
+
+    *coarse* are the places of those that only the first of two models scored.
+    """
 
     scores: Sequence[float | None]
     model: str
     fingerprint: str
+    coarse: frozenset[int] = frozenset()
 
 
 class RerankClient(Protocol):
@@ -71,8 +76,14 @@ class RerankClient(Protocol):
         """How many calls have no answer yet."""
         ...
 
-    async def rerank(self, query: str, texts: Sequence[str], deadline: Deadline) -> Reranked:
-        """Score *texts*, the likeliest first. Raises DependencyUnavailable or DeadlineExceeded."""
+    async def rerank(
+        self, query: str, texts: Sequence[str], deadline: Deadline, *, priors: Sequence[float]
+    ) -> Reranked:
+        """
+        Score *texts*, the likeliest first; *priors* is how good retrieval holds each to be.
+
+        Raises DependencyUnavailable or DeadlineExceeded.
+        """
         ...
 
 
