@@ -49,7 +49,7 @@ cluster-sim: $(VENV)/.installed-test ## Every pod of the rendered cpu overlay as
 demo-eval: $(VENV)/.installed ## MRR@10 of the twenty demo questions, by mode
 	@exec $(BIN)/tercet demo-eval
 
-train-reranker: $(VENV)/.installed ## Make the cross-encoder that is to ship, in build/reranker (DATA= TRAIN='--minutes 60 --install')
+train-reranker: $(VENV)/.installed ## Make the cross-encoder that ships, in build/reranker (DATA= TRAIN='--minutes 60 --install')
 	@exec $(BIN)/python -m training --data $(or $(DATA),../shared/data) --out build/reranker $(or $(TRAIN),--steps 2900)
 
 docs: $(VENV)/.installed ## Write docs/settings.md and the ladder in docs/resilience.md from the code
