@@ -105,7 +105,7 @@ def _keep(quality: Quality, row: str, judged: JudgedSet, run: Run) -> None:
 def _sweep(quality: Quality, row: str, judged: JudgedSet, run: Run) -> None:
     """Keep what other blends would give, and see that the default weight gives the order that was found."""
     for weight in sorted({*WEIGHTS, quality.blend}):
-        values = per_query(judged.qrels, run.blended(weight))
+        values = per_query(judged.qrels, run.blended(weight, _last_stage_documents(row)))
         quality.blends.setdefault(row, {}).setdefault(weight, {})[judged.name] = fmean(values.values())
         if weight == 1.0 and row == DEFAULT:
             quality.values.setdefault(WITHOUT_BLEND, {})[judged.name] = values
@@ -114,6 +114,13 @@ def _sweep(quality: Quality, row: str, judged: JudgedSet, run: Run) -> None:
         quality.facts.append(
             f"{row}, {judged.name}: computed from the stages' scores nDCG@10 is {computed:.4f}, and not {found:.4f}"
         )
+
+
+def _last_stage_documents(row: str) -> int | None:
+    """Return how many documents the last model of *row*'s cascade scores; None where there is no cascade."""
+    if row != DEFAULT or not has_shipped_model():
+        return None
+    return int(RerankSettings.model_fields["last_stage_documents"].default)
 
 
 async def _info(url: str) -> dict[str, Any]:

@@ -32,20 +32,26 @@ class Run:
         """Return the ids found for each query, best first."""
         return {query: [hit.id for hit in hits] for query, hits in self.hits.items()}
 
-    def blended(self, weight: float) -> dict[str, list[str]]:
-        """Return the ids in the order that `rerank_blend` = *weight* gives, from the scores of each stage."""
-        return {query: reblended(hits, weight) for query, hits in self.hits.items()}
+    def blended(self, weight: float, most: int | None) -> dict[str, list[str]]:
+        """
+        Return the ids in the order that `rerank_blend` = *weight* gives, from the scores of each stage.
+
+        *most* is how many a cascade's last model scores, which are the first ones of an answer; None: there is no cascade.
+        """
+        return {query: reblended(hits, weight, most) for query, hits in self.hits.items()}
 
 
-def reblended(hits: Sequence[Hit], weight: float) -> list[str]:
-    """Return the ids of *hits*, a reranked answer, as the reranker's share *weight* orders them."""
+def reblended(hits: Sequence[Hit], weight: float, most: int | None = None) -> list[str]:
+    """Return the ids of *hits*, a reranked answer, as the reranker's share *weight* orders them; see `Run.blended`."""
+    coarse = set() if most is None else {hit.id for hit in hits[most:]}
     ranked = []
     for hit in hits:
         stages = hit.stages
         fused = stages.fused if stages.fused is not None else hit.score
         ranked.append(Ranked(Candidate(hit.id, 0, 0, stages.dense, stages.bm25), fused, fused, "fused", stages.rerank))
     ranked.sort(key=lambda entry: (-entry.fused, entry.candidate.id))
-    order = blend(ranked, [entry.rerank for entry in ranked], weight=weight)
+    places = {at for at, entry in enumerate(ranked) if entry.candidate.id in coarse}
+    order = blend(ranked, [entry.rerank for entry in ranked], weight=weight, coarse=places)
     return [entry.candidate.id for entry in order]
 
 

@@ -29,6 +29,13 @@ def test_blends_reorder_what_was_reranked():
     assert reblended(hits, 1.0) == ["c", "b", "a", "x", "y"]
 
 
+def test_blends_keep_apart_what_only_the_first_model_scored():
+    """An answer's first ones are those that a cascade's last model scored: the others stay behind them."""
+    hits = [_hit("c", 0.1, 0.2), _hit("a", 0.9, 0.1), _hit("b", 0.5, 0.9)]
+    assert reblended(hits, 1.0, 2) == ["c", "a", "b"]
+    assert reblended(hits, 0.0, 2) == ["a", "c", "b"]
+
+
 def test_the_measure_of_each_query_has_the_known_mean():
     """The values by query, with zero for one that found nothing, have the mean that `tercet eval` prints."""
     qrels = {"q1": {"a": 2, "b": 1}, "q2": {"c": 1}, "q3": {"d": 1}}
