@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import astuple
 from math import inf
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI
 
@@ -47,6 +47,8 @@ from services.search.slow_log import SlowLog
 from services.search.stages import PipelineOptions
 from services.search.watermarks import watermarks_of
 
+BULK: Final = "embedding_bulk"
+
 
 @asynccontextmanager
 async def build(settings: SearchSettings, metrics: Metrics) -> AsyncIterator[SearchResources]:
@@ -54,11 +56,8 @@ async def build(settings: SearchSettings, metrics: Metrics) -> AsyncIterator[Sea
     async with AsyncExitStack() as stack:
         ledger = await _open_ledger(settings, metrics, stack)
         retriever = await _open_shards(settings, ledger, metrics, stack)
-        embedding = _client(settings, metrics, "embedding", settings.embedding_url, settings.embedding_max_calls, stack)
-        rerank = _client(settings, metrics, "rerank", settings.rerank_url, settings.rerank_max_calls, stack)
-        bulk = _bulk_client(settings, metrics, stack)
-        peers = {client.name: client for client in (embedding, rerank, bulk) if client is not None}
-        embedder = HttpEmbeddingClient(embedding, bulk)
+        peers = _clients(settings, metrics, stack)
+        embedder = HttpEmbeddingClient(peers["embedding"], peers.get(BULK))
         catalog = Catalog(
             ledger,
             retriever,
@@ -87,7 +86,7 @@ async def build(settings: SearchSettings, metrics: Metrics) -> AsyncIterator[Sea
             ledger,
             retriever,
             embedder,
-            HttpRerankClient(rerank),
+            HttpRerankClient(peers["rerank"]),
             kept,
             options,
             admission=admission,
@@ -262,12 +261,16 @@ def _client(
     return client
 
 
-def _bulk_client(settings: SearchSettings, metrics: Metrics, stack: AsyncExitStack) -> ServiceClient | None:
-    """Return the client of the embedding service's other address, if there is one."""
-    url = settings.embedding_bulk_url
-    return (
-        None if url is None else _client(settings, metrics, "embedding_bulk", url, settings.embedding_max_calls, stack)
-    )
+def _clients(settings: SearchSettings, metrics: Metrics, stack: AsyncExitStack) -> dict[str, ServiceClient]:
+    """Return the clients of the other services, by name; `BULK` is embedding's other address, where there is one."""
+    embedding_calls = settings.embedding_max_calls
+    asked = [
+        ("embedding", settings.embedding_url, embedding_calls),
+        ("rerank", settings.rerank_url, settings.rerank_max_calls),
+    ]
+    if settings.embedding_bulk_url is not None:
+        asked.append((BULK, settings.embedding_bulk_url, embedding_calls))
+    return {name: _client(settings, metrics, name, url, most, stack) for name, url, most in asked}
 
 
 def _open_kept(

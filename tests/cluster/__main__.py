@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -66,6 +67,9 @@ def main() -> int:
 
 
 async def _run(options: argparse.Namespace, place: Path) -> int:
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     timeline = Timeline()
     overlay = load_overlay(options.overlay)
     document_count = _DOCUMENTS_SHORT if options.short else _DOCUMENTS

@@ -51,7 +51,7 @@ class Play:
         self._always: Flags = _LATE if busy else _NONE
         self._cluster = cluster
         self._load = load
-        self._timeline = timeline
+        self.timeline = timeline
         self.acts: list[Act] = []
 
     @asynccontextmanager
@@ -60,26 +60,21 @@ class Play:
         may_say |= self._always
         done, meter = Act(name, time.monotonic(), may_say), Meter()
         self.acts.append(done)
-        self._timeline.tell(f"== {name}" + (f" (may be flagged: {', '.join(sorted(may_say))})" if may_say else ""))
+        self.timeline.tell(f"== {name}" + (f" (may be flagged: {', '.join(sorted(may_say))})" if may_say else ""))
         yield
         done.well_again = await self._load.until_well(_WELL_IN_A_ROW, _BACK_WITHIN_S, self._always)
         done.ended = time.monotonic()
         replies = [reply for reply in self._load.replies if reply.sent >= done.began]
+        wrong = [reply for reply in replies if not reply.well(may_say)]
         flags = Counter(flag for reply in replies for flag in reply.flags)
         took_ms = sorted((reply.done - reply.sent) * 1000 for reply in replies)
-        self._timeline.tell(
+        self.timeline.tell(
             f"   {len(replies)} searches, {sum(reply.failed for reply in replies)} failed, flags {dict(flags) or 'none'},"
             f" p50 {took_ms[len(took_ms) // 2]:.0f} ms, p99 {took_ms[int(len(took_ms) * 0.99)]:.0f} ms,"
             f" worst {took_ms[-1]:.0f} ms; {meter.busy_cores():.1f} of {os.cpu_count()} cores busy"
         )
-
-    def at(self, moment: float) -> float:
-        """Return a moment as seconds on the timeline."""
-        return self._timeline.at(moment)
-
-    def tell(self, what: str) -> None:
-        """Say *what* on the timeline."""
-        self._timeline.tell(what)
+        if wrong:
+            self.timeline.tell(f"   WRONG: {_told(wrong, self.timeline)}")
 
     async def whole(self) -> None:
         """Everything: calm, every workload rolled, a replica killed, a node drained, calm."""
@@ -100,7 +95,7 @@ class Play:
     async def begin(self) -> None:
         """The first searches meet caches that are empty, and services that do not know yet how long things take."""
         async with self.act("searches begin", _LATE):
-            await self._load.until_well(_WELL_IN_A_ROW, _BACK_WITHIN_S, _NONE)
+            pass
 
     async def calm(self) -> None:
         """Nothing is done."""
@@ -119,7 +114,7 @@ class Play:
 
     async def _kill(self, workload: str) -> None:
         pod = random.choice(self._cluster.of(workload))
-        self._timeline.tell(f"{pod.name}: SIGKILL")
+        self.timeline.tell(f"{pod.name}: SIGKILL")
         pod.kill()
         await asyncio.sleep(1)
         await self._cluster.until_settled()
@@ -129,7 +124,7 @@ class Play:
         home = self._cluster.of("redis")[0].place.node
         node = next(node for node in self._cluster.nodes if node.name == home)
         for other, pods in self._cluster.by_node():
-            self._timeline.tell(f"   {other.name}: {', '.join(pods)}")
+            self.timeline.tell(f"   {other.name}: {', '.join(pods)}")
         async with self.act(f"{home} is drained", _WITHOUT_REDIS):
             await self._cluster.drain(node)
             await self._cluster.until_settled()
@@ -145,7 +140,7 @@ def judge(play: Play, load: Load, cluster: Cluster) -> Judgement:
         may_say = _NONE.union(*(act.may_say for act in during))
         if not reply.well(may_say):
             wrong.setdefault(during[0].name, []).append(reply)
-    found.complaints = [f"while {name}: {_told(replies, play)}" for name, replies in wrong.items()]
+    found.complaints = [f"while {name}: {_told(replies, play.timeline)}" for name, replies in wrong.items()]
     found.complaints += [f"{act.name}: not well again in time" for act in play.acts if not act.well_again]
     for end in cluster.ended:
         if end.forced or end.status != 0:
@@ -153,6 +148,6 @@ def judge(play: Play, load: Load, cluster: Cluster) -> Judgement:
     return found
 
 
-def _told(replies: Sequence[Reply], play: Play) -> str:
-    moments = ", ".join(f"{play.at(reply.sent):.1f}" for reply in replies[:8])
+def _told(replies: Sequence[Reply], timeline: Timeline) -> str:
+    moments = ", ".join(f"{timeline.at(reply.sent):.1f}" for reply in replies[:8])
     return f"{len(replies)} replies wrong, at {moments} s: {summary(replies)}"

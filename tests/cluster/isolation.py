@@ -28,9 +28,9 @@ _SET_PARENT_DEATH_SIGNAL = 1
 _libc = ctypes.CDLL(None)
 
 
-def end_with(parent: int) -> None:
-    """Have this process killed when its parent, which has that number, ends for any reason. Safe between fork and exec."""
-    _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+def end_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Have this process sent a signal when its parent, which has that number, ends for any reason. Safe between fork and exec."""
+    _libc.prctl(_SET_PARENT_DEATH_SIGNAL, by)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -63,7 +63,7 @@ def run_isolated(module: str, arguments: Sequence[str]) -> int:
 
 def settle_in(place: Path) -> None:
     """Bring the loopback up and turn name resolution to our DNS. Call it once, in the new namespaces. Raises OSError."""
-    end_with(os.getppid())
+    end_with(os.getppid(), signal.SIGTERM)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         flags = struct.unpack("16xH", fcntl.ioctl(control, _GET_FLAGS, struct.pack("16sH14x", b"lo", 0))[:18])[0]
         fcntl.ioctl(control, _SET_FLAGS, struct.pack("16sH14x", b"lo", flags | _UP))

@@ -77,7 +77,7 @@ async def watch(cluster: Cluster, play: Play, place: Path, doing: Callable[[], A
                 prometheus.query, 'count by (alertname, job) (count_over_time(ALERTS{alertstate="firing"}[1h]))'
             )
             names = sorted({f"{labels['alertname']} {labels.get('job', '')}".strip() for labels, _ in fired})
-            play.tell(f"fired so far, with `for` cut short: {', '.join(names) or 'nothing'}")
+            play.timeline.tell(f"fired so far, with `for` cut short: {', '.join(names) or 'nothing'}")
             await _crash_embedding(cluster, play, prometheus)
             errors = prometheus.rule_errors()
         except AssertionError as error:
@@ -111,10 +111,10 @@ async def _crash_embedding(cluster: Cluster, play: Play, prometheus: Prometheus)
             pod.allowed.clear()
             pod.kill()
         took_s = await asyncio.to_thread(prometheus.until, lambda: firing() >= EXPECTED, within_s=_WITHIN_S)
-        play.tell(f"after {took_s:.0f} s these fire:")
+        play.timeline.tell(f"after {took_s:.0f} s these fire:")
         for name in sorted(EXPECTED):
-            play.tell(f"   {name}: {await asyncio.to_thread(prometheus.summary, name)}")
+            play.timeline.tell(f"   {name}: {await asyncio.to_thread(prometheus.summary, name)}")
         for pod in cluster.of("embedding"):
             pod.allowed.set()
         took_s = await asyncio.to_thread(prometheus.until, lambda: not firing() & EXPECTED, within_s=_WITHIN_S)
-        play.tell(f"embedding is back; {took_s:.0f} s later none of them fires")
+        play.timeline.tell(f"embedding is back; {took_s:.0f} s later none of them fires")

@@ -25,7 +25,7 @@ async def test_answers_degrades_recovers_and_keeps_everything(tmp_path: Path):
         full = await client.search(
             query="insects telling each other where nectar is", collection="facts", timeout_ms=20_000
         )
-        assert full.pipeline.rerank == "late-interaction/all-MiniLM-L6-v2"
+        assert full.pipeline.rerank == "tercet-reranker"
         assert full.hits[0].stages.rerank is not None
         assert full.coverage.ratio == 1.0
         again = await client.search(

@@ -89,10 +89,17 @@ def tercet(*arguments: object, **environ: str) -> "subprocess.CompletedProcess[s
 
 
 def start(data_dir: Path, url: str) -> "subprocess.Popen[str]":
-    """Start a migration and do not wait."""
+    """Start a migration and do not wait; it takes SIGINT though whoever started the tests in the background ignores it."""
     command = [sys.executable, "-m", "services.search.offline", "migrate", "--data-dir", str(data_dir)]
     environ = {**os.environ, "SEARCH_LEDGER_URL": url}
-    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (nothing is locked that it needs)
+    )
 
 
 async def until_blocked(raw: asyncpg.Connection) -> None:

@@ -205,10 +205,11 @@ async def test_a_body_over_the_limit(serve: Serve):
 
 @pytest.mark.slow
 async def test_the_default_scorer_ranks_and_says_what_it_is(serve: Serve):
-    """Late interaction over the packaged model puts the answer first, and /info does not call it a cross-encoder."""
+    """The packaged cross-encoder behind late interaction puts the answer first, and /info says what both are."""
     async with serve(create_app(RerankSettings(precision="fp32", device="cpu"))) as client:
         info = (await client.get("/info")).json()
-        assert info["kind"] == "late-interaction"
+        assert (info["model"], info["kind"]) == ("tercet-reranker", "cascade")
+        assert "fitted" in info["score"]
         assert "untrained" in info["score"]
         query = "How do plants make energy from light?"
         documents = ["Stocks fell on Monday.", "Photosynthesis turns light into energy in plants.", "A plant for cars."]
