@@ -20,9 +20,7 @@ from services.rerank.ports import ScorerInfo
 from services.rerank.scorer import Scorer
 from services.rerank.scores import DocumentScore, RawScore, Scored, ScoreOptions
 
-PRIOR_SHARE: Final = (
-    0.4  # As in search's hybrid + MaxSim on seven sets: .8036 of nDCG@10 with the best 10, .8011 by MaxSim alone.
-)
+PRIOR_SHARE: Final = 0.4  # Retrieval's part in the choice when docs/rerank.md's table was measured.
 
 
 class Blend(Protocol):
