@@ -124,6 +124,21 @@ def test_of_those_that_pass_the_faster_is_taken() -> None:
     assert "torch fp32 measured fastest" in choice.reason
 
 
+def test_what_others_do_meanwhile_decides_nothing() -> None:
+    """The faster one is taken though two in three of its calls had to wait for the processor."""
+
+    class Disturbed(PlainEncoder):
+        calls = 0
+
+        def pooled(self, batch):
+            self.calls += 1
+            self.pause_s = 0.0 if self.calls % 3 == 0 else 0.03
+            return super().pooled(batch)
+
+    _, choice = take({ALL[0]: Disturbed(), ALL[2]: PlainEncoder(pause_s=0.01)})
+    assert choice.runtime == "openvino"
+
+
 def test_torch_weights_stay_fp32_where_reduced_ones_lose_too_much() -> None:
     """Where converted weights miss the bound, torch computes at that precision over fp32 weights, if that passes."""
     autocast = Candidate("torch", "bf16", autocast=True)
