@@ -23,7 +23,7 @@ run: $(VENV)/.installed ## Start the three services, index the demo corpus, prin
 	@exec $(BIN)/tercet up --demo
 
 test: check $(CLIENTS_VENV)/.installed ## The whole check: lint, types, import rules, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-clients: $(VENV)/.installed-test $(CLIENTS_VENV)/.installed ## Other people's clients against running services
 	$(BIN)/python -m pytest tests/contract/test_openai_client.py tests/contract/test_tei_clients.py tests/contract/test_plain_dialects.py tests/contract/test_rerank_clients.py

@@ -126,7 +126,9 @@ def _open_watch(
     )
     stack.push_async_callback(shadow.aclose)
     slow = SlowLog(slow_s=settings.slow_search_s, log_queries=settings.log_queries)
-    return Watched([series.finished, shadow.finished, slow.finished], note_stage=series.note_stage)
+    return Watched(
+        [series.finished, shadow.finished, slow.finished], note_stage=series.note_stage, note_failed=slow.failed
+    )
 
 
 async def _open_ledger(settings: SearchSettings, metrics: Metrics, stack: AsyncExitStack) -> Ledger:

@@ -132,6 +132,7 @@ class SearchPipeline:
     def _older(self, run: Run, look: Look, error: TercetError) -> Answer:
         """Return the last good answer, flagged, since *error* left none to be made; raise that where it may not be."""
         if look.spare is None or is_refusal(error) or forbidden(run.request.require, "stale") is not None:
+            self._watch.failed(run, error)
             raise error
         run.degraded = ["stale"]
         self._kept.note_stale()

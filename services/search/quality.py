@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import structlog
 
 from services.common.deadline import Deadline
+from services.common.errors import TercetError
 from services.common.wire.search import SearchReply
 from services.search.ports import Candidate, Collection, RetrievalQuery, Retrieved, Retriever
 from services.search.run import Run
@@ -58,17 +60,23 @@ class Watch(Protocol):
         """Look at a search that the pipeline ran; those that the result cache answered are not told of."""
         ...
 
+    def failed(self, run: Run, error: TercetError) -> None:
+        """Look at a search that *error* left without an answer."""
+        ...
+
 
 class Watched:
-    """Tells each of several observers of every finished search, whatever another of them does."""
+    """Tells each of several observers of every finished search, and one of those that failed, whatever another of them does."""
 
     def __init__(
         self,
         observers: Sequence[Callable[[Finished], None]] = (),
         *,
         note_stage: Callable[[str, float], None] = lambda _stage, _seconds: None,
+        note_failed: Callable[[Run, TercetError], None] = lambda _run, _error: None,
     ) -> None:
         self._observers = tuple(observers)
+        self._note_failed = note_failed
         self._note_stage = note_stage
 
     def stage(self, stage: str, seconds: float) -> None:
@@ -78,10 +86,18 @@ class Watched:
     def finished(self, finished: Finished) -> None:
         """See Watch."""
         for observe in self._observers:
-            try:
-                observe(finished)
-            except Exception as error:
-                _log.error("watching_failed", exc_info=error)
+            _safely(partial(observe, finished))
+
+    def failed(self, run: Run, error: TercetError) -> None:
+        """See Watch."""
+        _safely(partial(self._note_failed, run, error))
+
+
+def _safely(tell: Callable[[], None]) -> None:
+    try:
+        tell()
+    except Exception as error:
+        _log.error("watching_failed", exc_info=error)
 
 
 NOT_WATCHED: Watch = Watched()

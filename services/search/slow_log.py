@@ -6,9 +6,11 @@ from typing import Any
 
 import structlog
 
+from services.common.errors import TercetError
 from services.common.wire.search import SearchRequest
 from services.search.ports import Retrieved
 from services.search.quality import Finished
+from services.search.run import Run
 
 EVERY_S = 0.1  # When all searches are slow, so many lines tell as much as all of them would.
 
@@ -17,7 +19,8 @@ _log = structlog.get_logger(__name__)
 
 class SlowLog:
     """
-    Writes a line `slow_search` for each search that the pipeline took over *slow_s* seconds for; at most ten a second.
+    Writes a line `slow_search` for each search that the pipeline took over *slow_s* seconds for, to answer it or to fail; at
+    most ten a second.
 
     Words of the question and values in its filter are written only with *log_queries*.
     """
@@ -31,29 +34,45 @@ class SlowLog:
 
     def finished(self, finished: Finished) -> None:
         """Write a line if it was slow; the next line says how many were left out before it."""
-        reply, request = finished.reply, finished.run.request
-        if reply.timings_ms.get("total", 0.0) < self._slow_ms:
-            return
+        reply, run = finished.reply, finished.run
+        if reply.timings_ms.get("total", 0.0) >= self._slow_ms:
+            self._write(
+                run,
+                request_id=reply.request_id,
+                collection=reply.collection,
+                asked=_asked(run.request),
+                pipeline=reply.pipeline.model_dump(exclude_none=True),
+                degraded=reply.degraded,
+                coverage=reply.coverage.ratio,
+                hits=len(reply.hits),
+                as_of=reply.as_of,
+                timings_ms=reply.timings_ms,
+                shards=_shards(finished.retrieved),
+            )
+
+    def failed(self, run: Run, error: TercetError) -> None:
+        """Write a line if it took so long to fail."""
+        if (total_ms := run.elapsed_ms()) >= self._slow_ms:
+            self._write(
+                run,
+                request_id=run.request_id,
+                collection=run.request.collection,
+                asked=_asked(run.request),
+                error=error.code,
+                message=error.message,
+                degraded=list(run.degraded),
+                timings_ms={**run.timings_ms, "total": total_ms},
+            )
+
+    def _write(self, run: Run, **fields: Any) -> None:
         now = self._clock()
         if now < self._not_before:
             self._left_out += 1
             return
         left_out, self._left_out = self._left_out, 0
         self._not_before = now + EVERY_S
-        fields: dict[str, Any] = {
-            "request_id": reply.request_id,
-            "collection": reply.collection,
-            "asked": _asked(request),
-            "pipeline": reply.pipeline.model_dump(exclude_none=True),
-            "degraded": reply.degraded,
-            "coverage": reply.coverage.ratio,
-            "hits": len(reply.hits),
-            "as_of": reply.as_of,
-            "timings_ms": reply.timings_ms,
-            "shards": _shards(finished.retrieved),
-        }
         if self._log_queries:
-            fields |= {"query": request.query, "filter": request.filter}
+            fields |= {"query": run.request.query, "filter": run.request.filter}
         if left_out:
             fields["left_out"] = left_out
         _log.warning("slow_search", **fields)

@@ -4,7 +4,7 @@ import time
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.common.batching.packing import allot
@@ -199,6 +199,7 @@ def test_removing_takes_one_entry_once():
     length=st.integers(1, 90),
     window=st.integers(1, 40),
 )
+@example(backlogs=[[1] * 40] * 4, before=0, length=1, window=1)
 def test_a_caller_that_joins_is_served_soon(backlogs, before, length, window):
     """With n callers that have much waiting, a new one's entry is in one of the next 4 (n + 1) batches, whatever its length."""
     queues = make_queues(max_batch_items=2, sort_window=window)

@@ -29,6 +29,9 @@ class Watching:
     def finished(self, finished) -> None:
         self.searches.append(finished)
 
+    def failed(self, run, error) -> None:
+        self.searches.append(error)
+
 
 @pytest.fixture
 def stack() -> Stack:
@@ -159,6 +162,15 @@ async def test_a_search_whose_time_is_over_is_not_begun(stack):
     with pytest.raises(DeadlineExceeded):
         await stack.search(timeout_s=-1.0)
     assert (stack.embedding.asked, stack.retriever.queries) == ([], [])
+
+
+async def test_the_watch_is_told_of_a_search_that_fails():
+    """So that the slow log has it."""
+    watch = Watching()
+    stack = make_stack(watch=watch)
+    with pytest.raises(DeadlineExceeded) as caught:
+        await stack.search(timeout_s=-1.0)
+    assert watch.searches == [caught.value]
 
 
 async def test_vectors_that_are_known_are_not_asked_for_again(stack):

@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from services.common.deadline import Deadline
-from services.common.errors import DependencyUnavailable
+from services.common.errors import DeadlineExceeded, DependencyUnavailable
 from services.common.metrics import Metrics
 from services.common.wire.search import (
     CacheReply,
@@ -336,6 +336,19 @@ def test_only_slow_searches_are_logged():
     [line] = lines(log, finished(retrieved(EXACT), total_ms=1000.0, degraded=["rerank_late"]))
     assert (line["event"], line["request_id"], line["collection"]) == ("slow_search", "r-1", "books")
     assert (line["degraded"], line["timings_ms"]["total"]) == (["rerank_late"], 1000.0)
+
+
+def test_searches_that_were_long_to_fail_are_logged():
+    """With the error and the time of the stages that ended; what fails at once is not slow."""
+    run = finished(request=SearchRequest(query=SECRET, collection="books")).run
+    run.timings_ms["embed"] = 2.0
+    with capture_logs() as written:
+        SlowLog(slow_s=60.0, log_queries=False).failed(run, DeadlineExceeded("too late"))
+        SlowLog(slow_s=0.0, log_queries=False).failed(run, DeadlineExceeded("too late"))
+    [line] = written
+    assert (line["event"], line["error"], line["message"]) == ("slow_search", "deadline_exceeded", "too late")
+    assert set(line["timings_ms"]) == {"embed", "total"}
+    assert SECRET not in str(line)
 
 
 def test_the_line_has_the_plan():

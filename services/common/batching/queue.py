@@ -98,7 +98,7 @@ class _Caller:
 class _LaneQueue:
     """One lane: callers in the order of their turns, and what waits in all."""
 
-    __slots__ = ("_debt_limit", "_quantum", "callers", "square_tokens", "tokens", "waiting")
+    __slots__ = ("_debt_limit", "_least", "_quantum", "callers", "square_tokens", "tokens", "waiting")
 
     def __init__(self, max_batch_tokens: int) -> None:
         self.callers: OrderedDict[str, _Caller] = OrderedDict()
@@ -107,6 +107,7 @@ class _LaneQueue:
         self.square_tokens = 0
         # A full batch costs four rounds; so a caller with short batches heads at most four before the next one's turn.
         self._quantum = max(4, max_batch_tokens // 4)
+        self._least = -(-self._quantum // 4)
         self._debt_limit = max_batch_tokens
 
     def add(self, flow: Flow, entry: Entry) -> None:
@@ -194,7 +195,7 @@ class _LaneQueue:
             assert entry.flow is not None
             entry.flow.served += 1
             self.remove(entry.flow, entry).deficit -= entry.tokens
-        head.deficit = min(head.deficit, before - self._quantum // 4)
+        head.deficit = min(head.deficit, before - self._least)
         if alone:
             head.deficit = max(head.deficit, -self._quantum)
         if head.waiting and head.deficit <= 0:
