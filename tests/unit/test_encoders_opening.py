@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,7 @@ def test_measuring_apart_leaves_no_torch_here(models, tmp_path: Path) -> None:
     """A first start that measures in a child process is as small as a later one, and computes the same."""
     script = f"""
 import sys
+import time
 from pathlib import Path
 from services.common.encoders import EncoderOptions, open_encoder
 options = EncoderOptions(cache_dir=Path({str(tmp_path)!r}), runtime="openvino", precision="fp32", measure_apart=True)
@@ -324,3 +326,50 @@ print(encoder.reason)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr
     assert "openvino fp32" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+def test_measuring_apart_ends_with_who_waits_for_it(models, tmp_path: Path) -> None:
+    """A service that is killed while it measures leaves nothing behind that keeps the processor busy."""
+    script = f"""
+from pathlib import Path
+from services.common.encoders import EncoderOptions, open_encoder
+open_encoder({str(models["mean"])!r}, EncoderOptions(cache_dir=Path({str(tmp_path)!r}), measure_apart=True))
+"""
+    service = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        child = wait_for(lambda: _child_of(service.pid))
+    finally:
+        service.kill()
+        service.wait()
+    assert wait_for(lambda: not _runs(child)), "the child measures on"
+
+
+def wait_for(found, patience_s: float = 30.0):
+    """Return what *found* returns once it is true."""
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        if value := found():
+            return value
+        time.sleep(0.02)
+    raise AssertionError("it did not come")
+
+
+def _child_of(parent: int) -> int | None:
+    """Return the id of the process that measures for *parent*, if it has begun."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                command = (stat.parent / "cmdline").read_text()
+                return int(stat.parent.name) if "services.common.encoders.apart" in command else None
+        except OSError:  # It has ended since.
+            continue
+    return None
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process, one that nobody has waited for aside."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
