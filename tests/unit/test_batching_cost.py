@@ -1,5 +1,7 @@
 """What the batcher expects a batch to take: what it learns from, and what follows."""
 
+from math import exp
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,6 +92,21 @@ def test_the_budget_is_the_least_with_nearly_the_best_throughput():
     assert 0.95 * 128 <= cost.budget_tokens(128) <= 128
     assert measured(0.0, linear, 0.0).budget_tokens(most) == most / 4
     assert CostModel().budget_tokens(most) == most
+
+
+def test_products_that_grow_more_efficient_with_size_ask_for_larger_batches():
+    """A single item shows little of what a batch costs where it is the processor that is used better and better."""
+
+    def efficient(items: int, tokens: int) -> float:
+        return 35e-6 * items * tokens + 0.007 * (1 - exp(-items * tokens / 300))
+
+    cost = CostModel()
+    sizes = [(items, tokens) for tokens in (8, 32, 128, 256) for items in (1, 512 // tokens, 2048 // tokens)]
+    cost.calibrate([(*size, efficient(*size)) for size in sizes])
+    budget = cost.budget_tokens(2048)
+    best = 2048 / (efficient(16, 128) + 0.0003)
+    assert 1500 <= budget <= 1850
+    assert budget / (efficient(budget, 1) + 0.0003) >= 0.97 * best
 
 
 def test_waiting_work_is_summed_up():

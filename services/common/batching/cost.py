@@ -12,9 +12,10 @@ machine is just now, which others may be using too, is one factor over them: the
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from math import exp, log
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,10 @@ BATCH_OVERHEAD_S = 0.0003  # Taking a batch and handing its results out, which t
 NEAR_BEST = 0.98
 LEAST_BUDGET_SHARE = 0.25  # Of the most; c0 is the difference of larger numbers, and a noisy machine may hide it.
 
+LEAST_APART = (
+    8  # Of two batches that show how throughput still grows with size, the smaller has at least so small a part.
+)
+
 _SCALE = np.array([1.0, 1e3, 1e5])
 _SUBSETS = [list(subset) for size in (3, 2, 1) for subset in combinations(range(3), size)]
 _DEFAULT = (0.001, 1 / 4_000, 0.0)
@@ -62,6 +67,7 @@ class CostModel:
         self._coefficients = _DEFAULT
         self._observed = 0
         self._calibrated = False
+        self._overhead_tokens = 0.0
 
     @property
     def ready(self) -> bool:
@@ -88,19 +94,23 @@ class CostModel:
 
         With t(n) = c0 + c1 n, throughput n / t(n) is a share n c1 / t(n) of its limit, which is solved for n.
         Shorter batches for the same throughput are shorter waits. Attention is left out: it only makes fewer suffice.
+        Matrix products grow more efficient with their size long after c0 is paid, so c0 is at least what the largest batches
+        of the measurement at warm-up say.
         """
         if not self.ready:
             return most
         constant, linear, _ = self._coefficients
         if linear <= 0:
             return most
-        overhead_tokens = (constant + BATCH_OVERHEAD_S / self._pace) / linear
+        overhead_tokens = max(constant / linear, self._overhead_tokens) + BATCH_OVERHEAD_S / self._pace / linear
         share = NEAR_BEST * most / (most + overhead_tokens)
         return min(most, max(round(LEAST_BUDGET_SHARE * most), round(overhead_tokens * share / (1 - share))))
 
     def calibrate(self, samples: Iterable[Sample]) -> None:
         """Start again from *samples*: at least one batch that was measured on the idle machine."""
-        self._prior_gram, self._prior_moment = _normal_equations(list(samples))
+        samples = list(samples)
+        self._overhead_tokens = _overhead_tokens(samples)
+        self._prior_gram, self._prior_moment = _normal_equations(samples)
         self._prior = self._coefficients = _non_negative(self._prior_gram, self._prior_moment)
         self._gram, self._moment = np.zeros((3, 3)), np.zeros(3)
         self._level = self._pace = 1.0
@@ -165,6 +175,24 @@ class CostModel:
 def _seconds(coefficients: Coefficients, items: int, longest_tokens: int) -> float:
     constant, linear, attention = coefficients
     return constant + items * longest_tokens * (linear + attention * longest_tokens)
+
+
+def _overhead_tokens(samples: Sequence[Sample]) -> float:
+    """
+    Return as how many tokens more a batch costs than its own, by the largest batches: the median over lengths.
+
+    Of each length it is where the line through the two largest batches meets the axis; 0 where there are no two.
+    """
+    by_length: dict[int, list[tuple[int, float]]] = {}
+    for items, longest, seconds in samples:
+        if items > 1:
+            by_length.setdefault(longest, []).append((items * longest, seconds))
+    found = []
+    for batches in by_length.values():
+        (*_, (fewer, fewer_s), (more, more_s)) = [(0, 0.0), *sorted(batches)]
+        if 0 < more <= LEAST_APART * fewer and fewer < more and more_s > fewer_s:
+            found.append((fewer_s * more - more_s * fewer) / (more_s - fewer_s))
+    return max(0.0, median(found)) if found else 0.0
 
 
 def _normal_equations(
