@@ -94,7 +94,8 @@ class ServiceProcess:
         """End it as an operator does; it must end well."""
         assert self.process is not None
         self.process.terminate()
-        assert self.process.wait(60) == 0, self.written()[-3000:]
+        status = self.process.wait(60)
+        assert status == 0, f"status {status}: {self.written()[-3000:]}"
 
     def call(
         self,
