@@ -40,7 +40,6 @@ class SlowLog:
                 run,
                 request_id=reply.request_id,
                 collection=reply.collection,
-                asked=_asked(run.request),
                 pipeline=reply.pipeline.model_dump(exclude_none=True),
                 degraded=reply.degraded,
                 coverage=reply.coverage.ratio,
@@ -57,7 +56,6 @@ class SlowLog:
                 run,
                 request_id=run.request_id,
                 collection=run.request.collection,
-                asked=_asked(run.request),
                 error=error.code,
                 message=error.message,
                 degraded=list(run.degraded),
@@ -70,6 +68,7 @@ class SlowLog:
             self._left_out += 1
             return
         left_out, self._left_out = self._left_out, 0
+        fields["asked"] = _asked(run.request)
         self._not_before = now + EVERY_S
         if self._log_queries:
             fields |= {"query": run.request.query, "filter": run.request.filter}

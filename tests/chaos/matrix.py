@@ -116,7 +116,8 @@ class Cell:
         """
         back = set(self.parts) & {"ledger", "node 0", "node 1", "replica", "fallback"}
         flags = {"catching_up"} if back else set()
-        flags |= {"shards_partial"} if back and set(self.parts) & {"embedding", "rerank"} else set()
+        starts_beside = back and set(self.parts) & {"embedding", "rerank"} and self.fault == "killed"
+        flags |= {"shards_partial"} if starts_beside else set()
         flags |= {late for part in self.parts if (part,) in EFFECTS and (late := EFFECTS[(part,)].late) is not None}
         flags |= {"fallback_index"} if "fallback" in self.parts else set()
         return frozenset(flags | ({"rerank_reduced"} if self.fault == "killed" else set()))

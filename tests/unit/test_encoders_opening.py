@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from services.common.encoders import Encoder, EncoderOptions, Projection, fingerprint_of, open_encoder
 from services.common.model_files import DEFAULT_MODEL, InvalidModel, ModelNotFound, files_digest
 from tests.tiny_models import HIDDEN, POSITIONS, write_bert, write_decoder
+from tests.trouble_service import until
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -314,7 +314,6 @@ def test_measuring_apart_leaves_no_torch_here(models, tmp_path: Path) -> None:
     """A first start that measures in a child process is as small as a later one, and computes the same."""
     script = f"""
 import sys
-import time
 from pathlib import Path
 from services.common.encoders import EncoderOptions, open_encoder
 options = EncoderOptions(cache_dir=Path({str(tmp_path)!r}), runtime="openvino", precision="fp32", measure_apart=True)
@@ -338,21 +337,13 @@ open_encoder({str(models["mean"])!r}, EncoderOptions(cache_dir=Path({str(tmp_pat
 """
     service = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        child = wait_for(lambda: _child_of(service.pid))
+        until(lambda: _child_of(service.pid) is not None)
+        child = _child_of(service.pid)
+        assert child is not None
     finally:
         service.kill()
         service.wait()
-    assert wait_for(lambda: not _runs(child)), "the child measures on"
-
-
-def wait_for(found, patience_s: float = 30.0):
-    """Return what *found* returns once it is true."""
-    until = time.monotonic() + patience_s
-    while time.monotonic() < until:
-        if value := found():
-            return value
-        time.sleep(0.02)
-    raise AssertionError("it did not come")
+    until(lambda: not _runs(child), within_s=5.0)
 
 
 def _child_of(parent: int) -> int | None:

@@ -41,9 +41,7 @@ BATCH_OVERHEAD_S = 0.0003  # Taking a batch and handing its results out, which t
 NEAR_BEST = 0.98
 LEAST_BUDGET_SHARE = 0.25  # Of the most; c0 is the difference of larger numbers, and a noisy machine may hide it.
 
-LEAST_APART = (
-    8  # Of two batches that show how throughput still grows with size, the smaller has at least so small a part.
-)
+MOST_APART = 8  # Times the size of the smaller of two batches that show how throughput still grows.
 
 _SCALE = np.array([1.0, 1e3, 1e5])
 _SUBSETS = [list(subset) for size in (3, 2, 1) for subset in combinations(range(3), size)]
@@ -190,7 +188,7 @@ def _overhead_tokens(samples: Sequence[Sample]) -> float:
     found = []
     for batches in by_length.values():
         (*_, (fewer, fewer_s), (more, more_s)) = [(0, 0.0), *sorted(batches)]
-        if 0 < more <= LEAST_APART * fewer and fewer < more and more_s > fewer_s:
+        if fewer < more <= MOST_APART * fewer and more_s > fewer_s:
             found.append((fewer_s * more - more_s * fewer) / (more_s - fewer_s))
     return max(0.0, median(found)) if found else 0.0
 
