@@ -6,6 +6,7 @@ it, so tests pass another `build` instead of patching. Requests are refused with
 """
 
 import asyncio
+import faulthandler
 import gc
 import os
 import resource
@@ -392,6 +393,8 @@ def run_service(name: str, settings_class: type[S], create_app: Callable[[S], Fa
         sys.stderr.write(f"{name}: the settings are wrong\n{error}\n")
         raise SystemExit(2) from None
     _allow_all_files()
+    # What ends a process from inside native code says where, on stderr.
+    faulthandler.enable()
     # uvicorn re-raises the signal that stopped it once it is done; a clean stop has exit status 0 all the same.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))

@@ -36,7 +36,7 @@ class Reply:
     flags: Flags
     hits: tuple[str, ...]
     coverage: float
-    trouble: str = ""
+    trouble: str = ""  # why there is no answer, or what it lacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,9 @@ class Load:
         found = reply.json()
         hits = tuple(hit["id"] for hit in found["hits"])
         flags = frozenset(found["degraded"])
-        self.replies.append(Reply(question, sent, done, 200, flags, hits, found["coverage"]["ratio"]))
+        coverage = found["coverage"]
+        missing = f"({coverage['shards']} {coverage['failures']})" if coverage["ratio"] < 1 else ""
+        self.replies.append(Reply(question, sent, done, 200, flags, hits, coverage["ratio"], missing))
 
 
 def request(question: str) -> dict[str, Any]:

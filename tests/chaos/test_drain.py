@@ -23,7 +23,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rerank": ("/rerank", {"query": "a question", "documents": ["a text"]}),
 }
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ SHORT_PACE = Pace(calm_s=0.3, fault_s=2.5, rate_per_s=20, timeout_ms=1500)
 WHOLE_PACE = Pace(calm_s=1.0, fault_s=6.0, rate_per_s=50, timeout_ms=1000)
 PACE = WHOLE_PACE if WHOLE else SHORT_PACE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
 
 Deployments = Callable[[bool], Deployment]
 

@@ -24,7 +24,7 @@ HOUR_S = 3600
 NODES = ("node 0", "replica", "node 1", "fallback")
 LIBFAKETIME = next((str(path) for path in Path("/usr/lib").glob("**/faketime/libfaketimeMT.so.1")), None)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
 
 Ask = Callable[..., tuple[int, Any]]
 

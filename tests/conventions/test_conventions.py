@@ -91,13 +91,3 @@ def test_no_upper_bounds_on_dependencies():
     """Installing Tercet into an existing environment never downgrades what the pins do not need."""
     text = (ROOT / "pyproject.toml").read_text()
     assert not re.findall(r'^\s+"[A-Za-z0-9_.\[\]-]+[^"]*(?:<|==)[^"]*",$', text, re.MULTILINE)
-
-
-def test_every_folder_of_tests_is_run():
-    """`make test` names folders, as some have the machine to themselves: one that it does not name would never be run."""
-    said = re.search(r"^test:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert said is not None
-    folders = {f"tests/{file.relative_to(ROOT / 'tests').parts[0]}" for file in (ROOT / "tests").rglob("test_*.py")}
-    assert folders <= set(said[1].split())
-    apart = set(re.findall(r"--ignore (\S+)", said[1]))
-    assert all(said[1].split().count(file) == 2 for file in apart)

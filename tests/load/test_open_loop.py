@@ -12,7 +12,7 @@ import pytest
 from benchmarks.open_loop import OpenPlan, OpenResult, run
 from tests.search_process import SearchProcess
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 WORDS = ["tides", "bread", "glacier", "violin", "bees", "fever", "solar", "harbour"]
 
 
