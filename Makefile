@@ -24,7 +24,7 @@ run: $(VENV)/.installed ## Start the three services, index the demo corpus, prin
 
 test: check $(CLIENTS_VENV)/.installed ## The whole check: lint, types, import rules, tests (those that measure time have the machine to themselves)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -m alone $$(grep -rl --include='test_*.py' pytest.mark.alone tests)
 
 test-clients: $(VENV)/.installed-test $(CLIENTS_VENV)/.installed ## Other people's clients against running services
 	$(BIN)/python -m pytest tests/contract/test_openai_client.py tests/contract/test_tei_clients.py tests/contract/test_plain_dialects.py tests/contract/test_rerank_clients.py

@@ -1,7 +1,7 @@
 """
 SIGKILL at random moments while a real search service writes, seals, merges and snapshots: nothing acknowledged is lost.
 
-`TERCET_CHAOS_RUNS` is the number of kills (10 here, 200 in `make chaos-index`), `TERCET_CHAOS_SEED` where they fall.
+`TERCET_CHAOS_RUNS` is the number of kills (5 here, 200 in `make chaos-index`), `TERCET_CHAOS_SEED` where they fall.
 """
 
 import http.client
@@ -17,7 +17,7 @@ import pytest
 
 from tests.search_process import SearchProcess
 
-RUNS = int(os.environ.get("TERCET_CHAOS_RUNS", "10"))
+RUNS = int(os.environ.get("TERCET_CHAOS_RUNS", "5"))
 SEED = int(os.environ.get("TERCET_CHAOS_SEED", "1"))
 DIM = 24
 IDS = 1500
