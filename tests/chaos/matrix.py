@@ -111,13 +111,10 @@ class Cell:
 
         A follower that lost the ledger knows that it may be behind until it has asked; a service that has just started
         may be late; and where a node and what stands in for it are both gone, either may be back first. Processes that
-        start take a good part of the two cores, which is pressure: where a model's service starts beside a node, a shard may
-        be late for it.
+        start take a good part of the two cores, which is pressure.
         """
         back = set(self.parts) & {"ledger", "node 0", "node 1", "replica", "fallback"}
         flags = {"catching_up"} if back else set()
-        starts_beside = back and set(self.parts) & {"embedding", "rerank"} and self.fault == "killed"
-        flags |= {"shards_partial"} if starts_beside else set()
         flags |= {late for part in self.parts if (part,) in EFFECTS and (late := EFFECTS[(part,)].late) is not None}
         flags |= {"fallback_index"} if "fallback" in self.parts else set()
         return frozenset(flags | ({"rerank_reduced"} if self.fault == "killed" else set()))
