@@ -90,7 +90,8 @@ class MemoryRetriever:
     def __init__(self) -> None:
         self.candidates = [found("a", 0.9, 1.0), found("b", 0.8, 4.0), found("c", 0.7), found("d", 0.1, 2.0)]
         self.gone: set[str] = set()
-        self.hanging: list[set[int]] = []  # Shards that cannot be read, by the calls of `fetch` from now on.
+        self.hanging: list[set[int]] = []  # Shards that cannot be read, by the calls of `fetch` from now on,
+        self.late: set[int] = set()  # and those of them that ran out of time.
         self.answer = Retrieved((), 2, 2, 0, {}, 0, SEQ, {"dense": 1.0})
         self.queries: list[RetrievalQuery] = []
         self.fetched: list[list[str]] = []
@@ -125,6 +126,7 @@ class MemoryRetriever:
                 if one.id not in self.gone and one.shard not in failed
             },
             frozenset(failed),
+            frozenset(failed & self.late),
         )
 
     async def wait_applied(self, collection: Collection, seq: int, deadline: Deadline) -> bool:

@@ -43,6 +43,7 @@ class Reader:
         self._with_vector: set[str] = set()
         self.lost: set[int] = set()  # the shards whose documents were not all there
         self.failed: set[int] = set()  # those of them that could not be asked
+        self.late: set[int] = set()  # those of these that ran out of time
 
     async def read(self, entries: Iterable[Ranked], stage: str, *, vectors: bool = False) -> dict[str, ShardDocument]:
         """
@@ -59,6 +60,7 @@ class Reader:
                 fetched = await self._retriever.fetch(self._run.collection, missing, until, vectors=vectors)
             found = fetched.documents
             self.failed |= fetched.failed
+            self.late |= fetched.late
             for candidate in missing:
                 if candidate.id not in found:
                     self.lost.add(candidate.shard)
@@ -73,6 +75,7 @@ class Reader:
         """Let the shards that could not be asked be asked once more."""
         self.lost -= self.failed
         self.failed.clear()
+        self.late.clear()
 
 
 async def choose(run: Run, ranked: Sequence[Ranked], reader: Reader) -> list[Ranked]:

@@ -203,11 +203,13 @@ class SearchPipeline:
         A document that is missing may have been deleted since; where nothing was written since, it was not.
 
         Raises:
-            DependencyUnavailable: They could not be asked, and so nothing was *found*.
+            DependencyUnavailable, DeadlineExceeded: They could not be asked, or not in time, and so nothing was *found*.
         """
         if reader.lost and self._ledger.heard_seq(run.collection.uuid) <= retrieved.as_of:
             run.unread = frozenset(reader.lost)
             if not found and reader.failed:
+                if reader.failed <= reader.late:
+                    raise DeadlineExceeded("The time allowed for this request ran out before what was found could be read")
                 raise DependencyUnavailable("What was found cannot be read now", retry_after_s=RETRY_AFTER_S)
             run.degrade("shards_partial")
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.common.errors import Conflict, DependencyUnavailable, InvalidInput, NotFound
+from services.common.errors import Conflict, DeadlineExceeded, DependencyUnavailable, InvalidInput, NotFound
 from services.search.ports import LexicalStatistics
 from tests.search_ports import MODEL, SEQ, Stack, ids, make_stack
 
@@ -117,13 +117,16 @@ async def test_a_shard_that_cannot_be_read_is_waited_for_once(stack):
 
 
 async def test_where_nothing_could_be_read_all_is_asked_for_again(stack):
-    """Once: what is there then makes the answer, and what is not is an error."""
+    """Once: what is there then makes the answer, and what is not is an error that says whether time was all it took."""
     stack.retriever.hanging = [{0}]
     reply = await stack.search()
     assert (sorted(ids(reply)), reply.degraded) == (["a", "b", "c", "d"], [])
     stack.retriever.hanging = [{0}, {0}]
     with pytest.raises(DependencyUnavailable):
         await stack.search(query="another")
+    stack.retriever.hanging, stack.retriever.late = [{0}, {0}], {0}
+    with pytest.raises(DeadlineExceeded, match="before what was found could be read"):
+        await stack.search(query="a third")
 
 
 async def test_a_document_that_is_gone_is_left_out(stack):

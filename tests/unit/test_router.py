@@ -148,7 +148,10 @@ async def test_fetch_returns_what_is_still_there(router, host) -> None:
     host.error, host.fails = BackendFailed("broken"), {candidates[0].shard}
     broken = await router.fetch(BOOKS, candidates, soon())
     assert candidates[0].id not in broken.documents
-    assert broken.failed == host.fails
+    assert (broken.failed, broken.late) == (host.fails, frozenset())
+    host.error = DeadlineExceeded("late")
+    late = await router.fetch(BOOKS, candidates, soon())
+    assert late.failed == late.late == host.fails
     assert await router.fetch(BOOKS, [Candidate("d1", 3, 0, None, None)], soon()) == Fetched({})
     assert await router.fetch(BOOKS, [], soon()) == Fetched({})
 

@@ -73,10 +73,11 @@ class Retrieved:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Stored fields by document id, and the shards that could not be asked for theirs."""
+    """Stored fields by document id, the shards that gave none of theirs, and those of them that ran out of time."""
 
     documents: Mapping[str, ShardDocument]
     failed: frozenset[int] = frozenset()
+    late: frozenset[int] = frozenset()
 
 
 class Retriever(Protocol):

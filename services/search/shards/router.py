@@ -135,7 +135,7 @@ class ShardRouter:
         found: dict[str, ShardDocument] = {}
         for documents in gathered.answers.values():
             found.update(documents)
-        return Fetched(found, frozenset(gathered.failures.keys() | gathered.late))
+        return Fetched(found, frozenset(gathered.failures.keys() | gathered.late), gathered.late)
 
     async def matching(self, collection: Collection, filter: Any, deadline: Deadline, *, limit: int) -> list[Match]:
         """See Retriever. The order is that of the shards' numbers, and in each its own."""
