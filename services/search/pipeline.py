@@ -209,7 +209,9 @@ class SearchPipeline:
             run.unread = frozenset(reader.lost)
             if not found and reader.failed:
                 if reader.failed <= reader.late:
-                    raise DeadlineExceeded("The time allowed for this request ran out before what was found could be read")
+                    raise DeadlineExceeded(
+                        "The time allowed for this request ran out before what was found could be read"
+                    )
                 raise DependencyUnavailable("What was found cannot be read now", retry_after_s=RETRY_AFTER_S)
             run.degrade("shards_partial")
 
