@@ -3,7 +3,8 @@ How much work may be under way at once, found out from how long it takes: pure a
 
 The limit follows the gradient of latency (as in Netflix's concurrency-limits): while work takes not much longer than it
 does unloaded, more is let in; when it takes several times as long, less. One thing is added: work that takes long while
-little is done is not overload, it waits for something slow, and to let in less of it would only turn callers away.
+little is done is not overload, it waits for something slow, and to let in less of it would only turn callers away. Unless
+work runs out of time: then what it waits for has too much to do, and more of it would bury that.
 """
 
 import math
@@ -23,6 +24,7 @@ BUSY_SHARE: Final = 0.7  # Under this share of the best rate, what is slow is no
 LARGEST_CUT: Final = 0.8
 STALLED_GROWTH: Final = 1.5
 STALLED_AFTER: Final = 4.0  # So many ends were due, and none came.
+MOST_IN_VAIN: Final = 0.05  # Share of the work that may run out of time while what it waits for is merely slow.
 RELEARNT: Final = 0.1  # Of a time seen without load, into the unloaded time; under load it only rises very slowly.
 RISE_PER_S: Final = 1.002
 
@@ -83,6 +85,7 @@ class AdaptiveLimit:
         self._ends_per_s = 0.0
         self._used_up = self._wanted = False
         self._idle = True
+        self._buried_at = -math.inf
         self._begin(now)
 
     def usual_s(self, cost: float) -> float:
@@ -114,6 +117,7 @@ class AdaptiveLimit:
         if kind is not None and seconds > kind.usual_s:
             self._judged += cost
             self._slowness += cost * seconds / max(kind.unloaded_s, 1e-6)
+            self._in_vain += cost
 
     def look(self, now: float, load: Load) -> None:
         """
@@ -131,21 +135,26 @@ class AdaptiveLimit:
         self._rate += weight * (self._done / elapsed_s - self._rate)
         self._ends_per_s += weight * (self._samples / elapsed_s - self._ends_per_s)
         self._peak = max(self._rate, self._peak * 0.5 ** (elapsed_s / PEAK_HALF_LIFE_S))
-        if self._used_up:
-            self._follow(slow_elsewhere=load.keeps_up and (stalled or self._rate < BUSY_SHARE * self._peak))
+        buried = self._in_vain > MOST_IN_VAIN * (self._done + self._in_vain)
+        if buried:
+            self._buried_at = now
+        if self._used_up or buried:
+            little_is_done = stalled or self._rate < BUSY_SHARE * self._peak
+            lately_buried = now - self._buried_at < FORGET_S
+            self._follow(slow_elsewhere=load.keeps_up and little_is_done and not lately_buried, buried=buried)
         elif self.limit < self._start:
             self.limit += (self._start - self.limit) * (1.0 - math.exp(-elapsed_s / FORGET_S))
         for kind in self._kinds.values():
             kind.learn(elapsed_s, loaded=not self._idle)
         self._begin(now)
 
-    def _follow(self, *, slow_elsewhere: bool) -> None:
+    def _follow(self, *, slow_elsewhere: bool, buried: bool) -> None:
         slowness = self._slowness / self._judged if self._judged else math.inf
         if slowness <= TOLERANCE:
             wanted = self.limit + max(1.0, 0.5 * math.sqrt(self.limit))
         elif slow_elsewhere:
             wanted = self.limit * STALLED_GROWTH
-        elif self._judged and self._wanted:
+        elif self._judged and (self._wanted or buried):
             wanted = self.limit * max(LARGEST_CUT, math.sqrt(TOLERANCE / slowness))
         else:
             wanted = self.limit
@@ -156,7 +165,7 @@ class AdaptiveLimit:
 
     def _begin(self, now: float) -> None:
         self._since = now
-        self._done = self._judged = 0.0
+        self._done = self._judged = self._in_vain = 0.0
         self._samples = 0
         self._slowness = 0.0
         self._used_up = self._wanted = False

@@ -136,6 +136,35 @@ def test_a_slow_dependency_is_no_overload() -> None:
     run_virtually(main)
 
 
+class Nodes(Workers):
+    """Servers of others, which go on with what nobody waits for any more."""
+
+    async def serve(self, priority: Priority, deadline: Deadline) -> None:
+        async with self._admission.enter(self._cost, priority, deadline):
+            await asyncio.shield(asyncio.create_task(self._work()))
+
+    async def _work(self) -> None:
+        async with self._free:
+            await asyncio.sleep(self._cost * self._unit_s)
+
+
+def test_a_dependency_that_can_do_less_is_not_buried() -> None:
+    """Where it suddenly does 130 a second of 300 that come, nearly so many are answered in time, and all once it is well."""
+
+    async def main(loop: VirtualLoop) -> None:
+        admission = admission_of(loop)
+        nodes = Nodes(admission, 4, 0.01)
+        loop.call_later(5, setattr, nodes, "_unit_s", 4 / 130)
+        loop.call_later(25, setattr, nodes, "_unit_s", 0.01)
+        _, onset, under, _, after = await load(loop, nodes.serve, [(300, 5), (300, 5), (300, 15), (300, 2), (300, 5)])
+        assert under.goodput >= 0.9 * 130
+        assert under.late.total() <= 0.02 * under.good.total()
+        assert onset.goodput >= 0.3 * 130  # What was let in before that is worked off first.
+        assert after.goodput >= 0.98 * 300
+
+    run_virtually(main)
+
+
 def test_the_limit_comes_down_under_load_and_returns_after_it() -> None:
     """The limit that overload found is near what the server can do at once, and is forgotten when the load is gone."""
 
