@@ -23,7 +23,7 @@ run: $(VENV)/.installed ## Start the three services, index the demo corpus, prin
 	@exec $(BIN)/tercet up --demo
 
 test: check $(CLIENTS_VENV)/.installed ## The whole check: lint, types, import rules, tests (those that measure time have the machine to themselves)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
 	$(BIN)/python -m pytest -m alone $$(grep -rl --include='test_*.py' pytest.mark.alone tests)
 
 test-clients: $(VENV)/.installed-test $(CLIENTS_VENV)/.installed ## Other people's clients against running services
