@@ -117,7 +117,7 @@ class AdaptiveLimit:
         if kind is not None and seconds > kind.usual_s:
             self._judged += cost
             self._slowness += cost * seconds / max(kind.unloaded_s, 1e-6)
-            self._in_vain += cost
+            self._in_vain += cost if seconds > TOLERANCE * kind.unloaded_s else 0.0  # Otherwise it was in haste.
 
     def look(self, now: float, load: Load) -> None:
         """
@@ -139,21 +139,21 @@ class AdaptiveLimit:
         if buried:
             self._buried_at = now
         if self._used_up or buried:
-            little_is_done = stalled or self._rate < BUSY_SHARE * self._peak
-            lately_buried = now - self._buried_at < FORGET_S
-            self._follow(slow_elsewhere=load.keeps_up and little_is_done and not lately_buried, buried=buried)
+            slow_elsewhere = load.keeps_up and (stalled or self._rate < BUSY_SHARE * self._peak)
+            growth = 1.0 if now - self._buried_at < FORGET_S else STALLED_GROWTH
+            self._follow(slow_elsewhere=slow_elsewhere, growth=growth, buried=buried)
         elif self.limit < self._start:
             self.limit += (self._start - self.limit) * (1.0 - math.exp(-elapsed_s / FORGET_S))
         for kind in self._kinds.values():
             kind.learn(elapsed_s, loaded=not self._idle)
         self._begin(now)
 
-    def _follow(self, *, slow_elsewhere: bool, buried: bool) -> None:
+    def _follow(self, *, slow_elsewhere: bool, growth: float, buried: bool) -> None:
         slowness = self._slowness / self._judged if self._judged else math.inf
         if slowness <= TOLERANCE:
             wanted = self.limit + max(1.0, 0.5 * math.sqrt(self.limit))
-        elif slow_elsewhere:
-            wanted = self.limit * STALLED_GROWTH
+        elif slow_elsewhere and not buried:
+            wanted = self.limit * growth
         elif self._judged and (self._wanted or buried):
             wanted = self.limit * max(LARGEST_CUT, math.sqrt(TOLERANCE / slowness))
         else:
