@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client import generate_latest
 
+from services.common.adaptive_limit import AdaptiveLimit, Load
 from services.common.admission import Admission, open_admission
 from services.common.deadline import NO_DEADLINE, Deadline
 from services.common.errors import DeadlineExceeded, Overloaded
@@ -163,6 +164,23 @@ def test_a_dependency_that_can_do_less_is_not_buried() -> None:
         assert after.goodput >= 0.98 * 300
 
     run_virtually(main)
+
+
+@pytest.mark.parametrize(("given_up_after_s", "grows"), [(0.03, True), (1.0, False)])
+def test_who_is_in_haste_does_not_pass_for_overload(given_up_after_s: float, grows: bool) -> None:
+    """Work that takes 1.5 s instead of 10 ms, and a fifth of the callers give up: early it says nothing, late it does."""
+    limit = AdaptiveLimit(floor=2.0, ceiling=1024.0, start=64.0, now=0.0)
+    busy = Load(used_up=True, wanted=True, idle=False, keeps_up=True)
+    for tick in range(1, 100):
+        slow = tick > 20
+        for number in range(2 if slow else 10):
+            limit.ended(1.0, 1.5 if slow else 0.01)
+            if slow and number % 2:
+                limit.failed(1.0, given_up_after_s)
+        limit.look(tick * 0.1, busy)
+        if tick == 20:
+            before = limit.limit
+    assert (limit.limit > before) == grows
 
 
 def test_the_limit_comes_down_under_load_and_returns_after_it() -> None:
