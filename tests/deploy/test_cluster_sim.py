@@ -10,7 +10,6 @@ from tests.deploy.manifests import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.timeout(280)
 def test_no_search_fails_while_a_deployment_rolls_and_a_replica_dies(tmp_path):
     """Every search is answered, by all shards; every pod that is told to end does so by itself, with status 0."""
