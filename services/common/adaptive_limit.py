@@ -25,6 +25,7 @@ LARGEST_CUT: Final = 0.8
 STALLED_GROWTH: Final = 1.5
 STALLED_AFTER: Final = 4.0  # So many ends were due, and none came.
 MOST_IN_VAIN: Final = 0.05  # Share of the work that may run out of time while what it waits for is merely slow.
+HELD_S: Final = 10.0  # After more than that did, what is slow is not believed to be idle for so long.
 RELEARNT: Final = 0.1  # Of a time seen without load, into the unloaded time; under load it only rises very slowly.
 RISE_PER_S: Final = 1.002
 
@@ -140,7 +141,7 @@ class AdaptiveLimit:
             self._buried_at = now
         if self._used_up or buried:
             slow_elsewhere = load.keeps_up and (stalled or self._rate < BUSY_SHARE * self._peak)
-            growth = 1.0 if now - self._buried_at < FORGET_S else STALLED_GROWTH
+            growth = 1.0 if now - self._buried_at < HELD_S else STALLED_GROWTH
             self._follow(slow_elsewhere=slow_elsewhere, growth=growth, buried=buried)
         elif self.limit < self._start:
             self.limit += (self._start - self.limit) * (1.0 - math.exp(-elapsed_s / FORGET_S))

@@ -216,6 +216,8 @@ def _complaints(cell: Cell, replies: Sequence[Reply], moments: _Moments, stalled
     calm, under = list(moments.calm(replies)), list(moments.under(replies))
     between = list(moments.between(replies))
     possible = frozenset().union(*cell.flags) | cell.recovering
+    met = [reply for reply in between if reply.status != 200 or not reply.flags <= possible]
+    unless_stalled = [reply for reply in met if reply.status != 200 or not reply.flags <= possible | _PARTIAL]
     wrong = {
         "before the fault": [reply for reply in calm if not _well(reply)],
         "under the fault": [
@@ -223,11 +225,8 @@ def _complaints(cell: Cell, replies: Sequence[Reply], moments: _Moments, stalled
             for reply in under
             if reply.status != 200 or reply.flags not in cell.flags or reply.coverage != cell.coverage
         ],
-        "as it came and went": [reply for reply in between if reply.status != 200 or not reply.flags <= possible],
+        "as it came and went": unless_stalled if len(met) - len(unless_stalled) <= stalled_most else met,
     }
-    stalled = [one for one in wrong["as it came and went"] if one.status == 200 and one.flags <= possible | _PARTIAL]
-    if len(stalled) <= stalled_most:
-        wrong["as it came and went"] = [one for one in wrong["as it came and went"] if one not in stalled]
     found = [
         f"{when}: {len(bad)} of {len(replies)} replies wrong: {_summary(bad)}" for when, bad in wrong.items() if bad
     ]

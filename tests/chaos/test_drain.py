@@ -172,6 +172,6 @@ def test_search_waits_for_a_ledger_that_starts_later(tmp_path: Path, postgres_se
         if process.poll() is not None:
             search.spawn()
         search.until_ready()
-        search.ask("POST", "/collections", {"name": COLLECTION, "dim": 2})
+        assert search.ask("POST", "/collections", {"name": COLLECTION, "dim": 2})["name"] == COLLECTION
     finally:
         search.kill()
