@@ -179,6 +179,8 @@ class DictionaryShard:
     apply_gate: asyncio.Event | None = None
     search_gate: asyncio.Event | None = None
     to_maintain: int = 0
+    maintain_s: float = 0.0
+    snapshots: int = 0
     searching: int = 0
     closed: bool = False
 
@@ -237,6 +239,8 @@ class DictionaryShard:
 
     async def maintain(self, *, idle: bool) -> bool:
         self.to_maintain -= 1
+        if self.to_maintain >= 0:
+            await asyncio.sleep(self.maintain_s)
         return self.to_maintain >= 0
 
     @property
@@ -248,6 +252,7 @@ class DictionaryShard:
     async def snapshot(self, epoch: str) -> int:
         if self.snapshot_error:
             raise self.snapshot_error
+        self.snapshots += 1
         self.kept[self.number] = Kept(Origin(epoch, self.applied_seq), dict(self.live))
         return self.applied_seq
 

@@ -213,6 +213,20 @@ async def test_all_maintenance_that_is_due_is_done(ledger, directory, make) -> N
     await eventually(lambda: all(shard.to_maintain <= 0 for shard in directory.of(BOOKS)))
 
 
+async def test_long_maintenance_is_kept_once_it_is_done(ledger, directory, make) -> None:
+    """The shard whose pieces took long together gets a snapshot after the last of them, the others none."""
+    host = make(worth_keeping_s=0.2, snapshot_interval_s=3600)
+    await host.start()
+    await applied(host, ledger.write(BOOKS, **many(20)))
+    worked = directory.of(BOOKS)[1]
+    worked.maintain_s, worked.to_maintain = 0.06, 20
+    await eventually(lambda: directory.kept.get(BOOKS.uuid))
+    assert worked.to_maintain < 0
+    await asyncio.sleep(0.6)
+    assert list(directory.kept[BOOKS.uuid]) == [worked.number]
+    assert worked.snapshots == 1
+
+
 # --- trimming
 
 

@@ -44,7 +44,7 @@ class HostOptions:
 
     It is node *node* of *nodes* and has the shards s with s mod *nodes* = *node*. Without a notice the ledger is looked
     at every *poll_s*. A collection that nobody used for *idle_close_s* is closed (with inf none is, and the start opens
-    all), and the longest unused ones when more than *max_open* are open.
+    all), and the longest unused ones when more than *max_open* are open. See Upkeep for when it takes snapshots.
     """
 
     node: int = 0
@@ -52,6 +52,7 @@ class HostOptions:
     poll_s: float = 1.0
     snapshot_interval_s: float = 300.0
     snapshot_operations: int = 100_000
+    worth_keeping_s: float = 5.0
     idle_close_s: float = 900.0
     max_open: int = 100
 
@@ -90,6 +91,7 @@ class LocalHost:
             lambda: [hosted.follower for hosted in self._open.values()],
             snapshot_interval_s=options.snapshot_interval_s,
             snapshot_operations=options.snapshot_operations,
+            worth_keeping_s=options.worth_keeping_s,
             note_seconds=note_maintenance_seconds,
         )
 

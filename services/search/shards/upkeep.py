@@ -18,12 +18,18 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class SlotHistory:
-    """The snapshots of one shard that this process has seen made: the newest two, and when the newest was made."""
+    """
+    The snapshots of one shard that this process has seen made: the newest two, and when the newest was made.
+
+    *unkept_s* is how long maintenance worked since then, and *nothing_due* that it has no more to do for now.
+    """
 
     made_at: float
     newest_seq: int = 0
     older_seq: int = 0
     resting_until: float = 0.0
+    unkept_s: float = 0.0
+    nothing_due: bool = False
 
     def made(self, seq: int) -> None:
         """Note that there is a snapshot true for *seq*."""
@@ -36,8 +42,9 @@ class Upkeep:
     """
     Looks after the shards of the followers that *open_followers* returns, one piece of work at a time.
 
-    A snapshot of a shard is due *snapshot_interval_s* after the last one if it changed, or after
-    *snapshot_operations*. *note_seconds* is told how long each piece of maintenance took.
+    A snapshot of a shard is due *snapshot_interval_s* after the last one if it changed, after *snapshot_operations*, or
+    once maintenance that took *worth_keeping_s* is done: a start from an older one would have to do it again.
+    *note_seconds* is told how long each piece of maintenance took.
     """
 
     def __init__(
@@ -46,11 +53,13 @@ class Upkeep:
         *,
         snapshot_interval_s: float,
         snapshot_operations: int,
+        worth_keeping_s: float,
         note_seconds: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._followers = open_followers
         self._interval_s = snapshot_interval_s
         self._operations = snapshot_operations
+        self._worth_keeping_s = worth_keeping_s
         self._note_seconds = note_seconds
         self._histories: dict[tuple[str, int], SlotHistory] = {}
         self._snapshotting = asyncio.Lock()
@@ -100,7 +109,9 @@ class Upkeep:
         async with self._snapshotting:
             if slot.shard is None or slot.epoch is None or slot.lost or slot.applied_seq == 0:
                 return history.newest_seq
+            unkept_s = history.unkept_s
             history.made(await slot.shard.snapshot(slot.epoch))
+            history.unkept_s -= unkept_s
         return history.newest_seq
 
     async def snapshot_changed(self, follower: Follower) -> None:
@@ -137,7 +148,9 @@ class Upkeep:
                     "maintenance_failed", collection=follower.collection.name, shard=slot.number, exc_info=True
                 )
             return False
+        history.nothing_due = not worked
         if worked:
+            history.unkept_s += _now() - began
             self._note_seconds(_now() - began)
         return worked
 
@@ -156,14 +169,15 @@ class Upkeep:
         return slot.applied_seq - history.newest_seq
 
     def _changed(self, follower: Follower, slot: Slot) -> bool:
-        # Merged segments are worth a snapshot too: a start from an older one has to merge them again.
         return self._changes(follower, slot) > 0 or (slot.shard is not None and slot.shard.changed)
 
     def _due(self, follower: Follower, slot: Slot) -> bool:
         history = self.history(follower.collection.uuid, slot.number)
         if history.resting_until > _now() or not self._changed(follower, slot):
             return False
-        return self._changes(follower, slot) >= self._operations or _now() - history.made_at >= self._interval_s
+        worth_keeping = history.nothing_due and history.unkept_s >= self._worth_keeping_s
+        many = self._changes(follower, slot) >= self._operations
+        return worth_keeping or many or _now() - history.made_at >= self._interval_s
 
     async def _try_snapshot(self, follower: Follower, slot: Slot) -> None:
         try:
