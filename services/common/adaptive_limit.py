@@ -2,8 +2,9 @@
 How much work may be under way at once, found out from how long it takes: pure arithmetic, told the time by its caller.
 
 The limit follows the gradient of latency (as in Netflix's concurrency-limits): while work takes not much longer than it
-does unloaded, more is let in; when it takes several times as long, less. One thing is added: work that takes long while
-little is done is not overload, it waits for something slow, and to let in less of it would only turn callers away. Unless
+does unloaded, more is let in; when it takes several times as long, less. Two things are added. Work that takes a small
+part of the time that its caller allows is not slow, however quick it is unloaded: to let in less of it would leave cores
+idle that many processes share, and turn away what would be answered in time. And work that takes long while little is done is not overload, it waits for something slow, and to let in less of it would only turn callers away. Unless
 work runs out of time: then what it waits for has too much to do, and more of it would bury that.
 """
 
@@ -14,6 +15,8 @@ from typing import Final
 TOLERANCE: Final = (
     4.0  # Batches form and cores are shared long before work queues up: so many times the unloaded time is well.
 )
+WELL_SHARE: Final = 0.2  # So much of the time that the caller allows is well too …
+WELL_S: Final = 0.25  # … up to so long, as those who wait outside may be more urgent.
 WINDOW_S: Final = 0.1
 LONGEST_WINDOW_S: Final = 0.5
 MIN_SAMPLES: Final = 10
@@ -55,6 +58,10 @@ class _Kind:
         self.unloaded_s = seconds
         self.usual_s = seconds
         self.least_s = math.inf  # … since the last look.
+
+    def well_s(self, allowed_s: float) -> float:
+        """Return how long such work may take until it is slow, its caller allowing *allowed_s*."""
+        return max(TOLERANCE * self.unloaded_s, min(WELL_SHARE * allowed_s, WELL_S), 1e-6)
 
     def learn(self, elapsed_s: float, *, loaded: bool) -> None:
         """Let the unloaded time follow what was seen since the last look."""
@@ -98,8 +105,8 @@ class AdaptiveLimit:
         """Return how long work waits that has *ahead* of it in units of cost, the limit being used up (Little's law)."""
         return ahead * self._usual_s / self.limit
 
-    def ended(self, cost: float, seconds: float) -> None:
-        """Take note that work of *cost* was done *seconds* after it had been let in."""
+    def ended(self, cost: float, seconds: float, allowed_s: float) -> None:
+        """Take note that work of *cost*, which had *allowed_s*, was done *seconds* after it had been let in."""
         kind = self._kinds.get(_kind(cost))
         if kind is None:
             kind = self._kinds[_kind(cost)] = _Kind(seconds)
@@ -110,15 +117,15 @@ class AdaptiveLimit:
         self._done += cost
         self._judged += cost
         self._samples += 1
-        self._slowness += cost * seconds / max(kind.unloaded_s, 1e-6)
+        self._slowness += cost * seconds / kind.well_s(allowed_s)
 
-    def failed(self, cost: float, seconds: float) -> None:
+    def failed(self, cost: float, seconds: float, allowed_s: float) -> None:
         """Take note that work of *cost* had no result after *seconds*: with one it would have taken no less."""
         kind = self._kinds.get(_kind(cost))
         if kind is not None and seconds > kind.usual_s:
             self._judged += cost
-            self._slowness += cost * seconds / max(kind.unloaded_s, 1e-6)
-            self._in_vain += cost if seconds > TOLERANCE * kind.unloaded_s else 0.0  # Otherwise it was in haste.
+            self._slowness += cost * seconds / kind.well_s(allowed_s)
+            self._in_vain += cost if seconds > kind.well_s(allowed_s) else 0.0  # Otherwise it was in haste.
 
     def look(self, now: float, load: Load) -> None:
         """
@@ -151,12 +158,12 @@ class AdaptiveLimit:
 
     def _follow(self, *, slow_elsewhere: bool, growth: float, buried: bool) -> None:
         slowness = self._slowness / self._judged if self._judged else math.inf
-        if slowness <= TOLERANCE:
+        if slowness <= 1.0:
             wanted = self.limit + max(1.0, 0.5 * math.sqrt(self.limit))
         elif slow_elsewhere and not buried:
             wanted = self.limit * growth
         elif self._judged and (self._wanted or buried):
-            wanted = self.limit * max(LARGEST_CUT, math.sqrt(TOLERANCE / slowness))
+            wanted = self.limit * max(LARGEST_CUT, math.sqrt(1.0 / slowness))
         else:
             wanted = self.limit
         self.limit = min(max(wanted, self._floor), self._ceiling)

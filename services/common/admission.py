@@ -141,6 +141,7 @@ class Admission:
         if remaining_s <= 0:
             raise DeadlineExceeded(f"The time allowed for this request ran out before {self.name} could begin")
         self._doorway.note_time_allowed(remaining_s)
+        entry.allowed_s = remaining_s
         if self._has_room(entry.charged) and not any(self._queues[other] for other in _as_urgent(entry.priority)):
             self._let_in(entry, now)
             return Admitted(0.0, self.pressure, lambda: self._charge(entry))
@@ -169,9 +170,9 @@ class Admission:
         assert entry.began is not None, "it was let in"
         seconds = self._clock() - entry.began
         if done:
-            self._adaptive.ended(entry.charged, seconds)
+            self._adaptive.ended(entry.charged, seconds, entry.allowed_s)
         else:
-            self._adaptive.failed(entry.charged, seconds)
+            self._adaptive.failed(entry.charged, seconds, entry.allowed_s)
         entry.began = None
         self._inside -= 1
         self._in_flight = self._in_flight - entry.charged if self._inside else 0.0
@@ -279,9 +280,13 @@ class Admission:
 
 
 class _Entry:
-    """One piece of work: waiting, under way, or done with; *charged* is what counts of its cost so far."""
+    """
+    One piece of work: waiting, under way, or done with.
 
-    __slots__ = ("_admission", "began", "charged", "cost", "deadline", "priority", "turn")
+    *charged* is what counts of its cost so far, and *allowed_s* the time that it had when it came.
+    """
+
+    __slots__ = ("_admission", "allowed_s", "began", "charged", "cost", "deadline", "priority", "turn")
 
     def __init__(self, admission: Admission, cost: float, first: float, priority: Priority, deadline: Deadline) -> None:
         self._admission = admission
@@ -289,6 +294,7 @@ class _Entry:
         self.charged = first
         self.priority: Priority = priority
         self.deadline = deadline
+        self.allowed_s = LONGEST_WAIT_S
         self.began: float | None = None
         self.turn: asyncio.Future[None] | None = None
 
