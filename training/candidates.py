@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from services.common.encoders import Encoder
+from services.common.standardizing import standardized
 from training.data import Collection, Question
 
 Floats = NDArray[np.float32]
@@ -78,16 +79,9 @@ def prepare(
     return Prepared(collection, tuple(questions), tuple(rows), key)
 
 
-def standardised(scores: Floats) -> Floats:
-    """Return *scores* with a mean of 0 and a deviation of 1; zeros where all are the same."""
-    deviation = float(scores.std())
-    made: Floats = (scores - scores.mean()) / deviation if deviation > 1e-9 else np.zeros_like(scores)
-    return made
-
-
 def hybrid(row: Row) -> Floats:
     """Return the scores of the product's retrieval without rerank: dense and BM25, standardised and added."""
-    made: Floats = _DENSE_WEIGHT * standardised(row.dense) + (1 - _DENSE_WEIGHT) * standardised(row.bm25)
+    made: Floats = _DENSE_WEIGHT * standardized(row.dense) + (1 - _DENSE_WEIGHT) * standardized(row.bm25)
     return made
 
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from sentence_transformers import CrossEncoder
 
+from services.common.standardizing import standardized
 from tercet.evaluation import measure
 from training.calibration import fit_sigmoid
-from training.candidates import Floats, Prepared, Row, hybrid, standardised
+from training.candidates import Floats, Prepared, Row, hybrid
 from training.data import Part
 from training.model import score
 from training.recipe import Recipe
@@ -103,8 +104,8 @@ def reciprocal_ranks(row: Row) -> list[int]:
 def orders(scored: Scored, cascade: Cascade) -> dict[str, list[int]]:
     """Return the ways of ranking that are compared, each as passages, best first."""
     row = scored.row
-    maxsim, logits, mixture = standardised(row.maxsim), standardised(scored.logits), standardised(scored.mixture)
-    blended = standardised(cascade.blended(scored))
+    maxsim, logits, mixture = standardized(row.maxsim), standardized(scored.logits), standardized(scored.mixture)
+    blended = standardized(cascade.blended(scored))
     ways = {
         "hybrid without rerank": scored.hybrid,
         "dense": row.dense,
@@ -116,7 +117,7 @@ def orders(scored: Scored, cascade: Cascade) -> dict[str, list[int]]:
         **{f"teacher, {share} cross-encoder": (1 - share) * mixture + share * logits for share in CROSS_SHARES},
         "cascade": blended,
         **{
-            f"hybrid, {share} cascade": (1 - share) * standardised(scored.hybrid) + share * blended
+            f"hybrid, {share} cascade": (1 - share) * standardized(scored.hybrid) + share * blended
             for share in RERANK_SHARES
         },
     }

@@ -3,9 +3,10 @@ How much work may be under way at once, found out from how long it takes: pure a
 
 The limit follows the gradient of latency (as in Netflix's concurrency-limits): while work takes not much longer than it
 does unloaded, more is let in; when it takes several times as long, less. Two things are added. Work that takes a small
-part of the time that its caller allows is not slow, however quick it is unloaded: to let in less of it would leave cores
-idle that many processes share, and turn away what would be answered in time. And work that takes long while little is done is not overload, it waits for something slow, and to let in less of it would only turn callers away. Unless
-work runs out of time: then what it waits for has too much to do, and more of it would bury that.
+part of the time that its caller allows is not slow, however quick it is unloaded: to let in less of it would leave
+cores idle that many processes share, and turn away what would be answered in time. And work that takes long while
+little is done is not overload, it waits for something slow, and to let in less of it would only turn callers away.
+Unless work runs out of time: then what it waits for has too much to do, and more of it would bury that.
 """
 
 import math

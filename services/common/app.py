@@ -52,6 +52,8 @@ from services.common.wire.errors import ErrorEnvelope
 
 log = structlog.get_logger(__name__)
 
+STORE_FIRST_RESET_S = 0.1
+
 S = TypeVar("S", bound=ServiceSettings)
 
 
@@ -229,7 +231,14 @@ def _open_governor(service: Service) -> Governor:
     return Governor(service.name, store)
 
 
-def make_breaker(name: str, settings: ServiceSettings, metrics: Metrics, *, in_a_row: int | None = None) -> Breaker:
+def make_breaker(
+    name: str,
+    settings: ServiceSettings,
+    metrics: Metrics,
+    *,
+    in_a_row: int | None = None,
+    first_reset_s: float | None = None,
+) -> Breaker:
     """Return a breaker for the dependency *name*, set as *settings* say, its state in the metrics for as long as it is used."""
     breaker = metrics.breakers[name] = Breaker(
         name,
@@ -237,6 +246,7 @@ def make_breaker(name: str, settings: ServiceSettings, metrics: Metrics, *, in_a
         min_calls=settings.breaker_min_calls,
         failure_ratio=settings.breaker_failure_ratio,
         reset_s=settings.breaker_reset_s,
+        first_reset_s=first_reset_s,
         in_a_row=in_a_row,
         on_state=metrics.breaker_state.labels(name).set,
         on_failure=metrics.dependency_failures.labels(name).inc,
@@ -255,8 +265,13 @@ def _forget_breaker(metrics: Metrics, name: str) -> None:
 def make_store(
     name: str, url: str, settings: ServiceSettings, metrics: Metrics, *, timeout_s: float = TIMEOUT_S
 ) -> KeyValueStore:
-    """Return the Redis at *url*, which is left alone at its first failure: what it is for can be done without."""
-    return KeyValueStore(url, make_breaker(name, settings, metrics, in_a_row=1), timeout_s=timeout_s)
+    """
+    Return the Redis at *url*, which is left alone at its first failure: what it is for can be done without.
+
+    It is asked again soon, and less often while it goes on failing.
+    """
+    breaker = make_breaker(name, settings, metrics, in_a_row=1, first_reset_s=STORE_FIRST_RESET_S)
+    return KeyValueStore(url, breaker, timeout_s=timeout_s)
 
 
 def make_retry_budget(name: str, metrics: Metrics) -> RetryBudget:

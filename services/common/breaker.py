@@ -58,7 +58,9 @@ class Breaker:
 
     It opens when at least *min_calls* of the last *window_s* seconds' calls were made and *failure_ratio* of them
     failed or were slow, or when the last *in_a_row* all did: a busy dependency that freezes would need seconds to
-    reach the ratio. After *reset_s* it lets one probe through at a time.
+    reach the ratio. After *reset_s* it lets one probe through at a time. The first one comes *first_reset_s* after it
+    opened, where that is given, and each one that fails doubles that, up to *reset_s*: for one that opens at a single
+    failure, which may be nothing but a moment in which nobody had a processor.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Breaker:
         min_calls: int = 3,
         failure_ratio: float = 0.5,
         reset_s: float = 2.0,
+        first_reset_s: float | None = None,
         in_a_row: int | None = None,
         on_state: Callable[[int], None] | None = None,
         on_failure: Callable[[], None] = lambda: None,
@@ -79,6 +82,8 @@ class Breaker:
         self._min_calls = min_calls
         self._failure_ratio = failure_ratio
         self._reset_s = reset_s
+        self._first_reset_s = reset_s if first_reset_s is None else min(first_reset_s, reset_s)
+        self._pause_s = self._first_reset_s
         self._in_a_row = max(IN_A_ROW, min_calls) if in_a_row is None else in_a_row
         self._on_state = on_state or (lambda _state: None)
         self._on_failure = on_failure
@@ -110,7 +115,7 @@ class Breaker:
     def would_refuse(self) -> bool:
         """Whether a call made now would be refused without being tried."""
         if self.state == "open":
-            return self._clock() - self._opened_at < self._reset_s
+            return self._clock() - self._opened_at < self._pause_s
         return self.is_probing
 
     @property
@@ -161,7 +166,7 @@ class Breaker:
     def _become_probe(self) -> None:
         if self.would_refuse():
             raise DependencyUnavailable(
-                f"{self.name} is not answering; calls to it are paused", retry_after_s=self._reset_s
+                f"{self.name} is not answering; calls to it are paused", retry_after_s=self._pause_s
             )
         if self.state == "open":
             self._move("half-open")
@@ -180,6 +185,7 @@ class Breaker:
         if probe:
             self._calls.clear()
             self._failures = self._run = 0
+            self._pause_s = min(2 * self._pause_s, self._reset_s) if failed else self._first_reset_s
             self._move("open" if failed else "closed")
             return
         self._calls.append((now, failed))

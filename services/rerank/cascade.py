@@ -12,9 +12,9 @@ from hashlib import sha256
 from typing import Final, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from services.common.errors import Overloaded
+from services.common.standardizing import standardized
 from services.rerank.logits import logit_of, sigmoid
 from services.rerank.ports import ScorerInfo
 from services.rerank.scorer import Scorer
@@ -167,13 +167,5 @@ def _best(documents: Sequence[RawScore | None], priors: Sequence[float] | None) 
     values = np.array([one.raw for one in documents if one is not None])
     if priors is not None:
         beside = np.array([priors[index] for index in there])
-        values = (1 - PRIOR_SHARE) * _standardized(values) + PRIOR_SHARE * _standardized(beside)
+        values = (1 - PRIOR_SHARE) * standardized(values) + PRIOR_SHARE * standardized(beside)
     return [there[at] for at in np.argsort(-values, kind="stable")]
-
-
-def _standardized(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return *values* with mean 0 and deviation 1; zeros where they are all alike."""
-    centred = values - values.mean() if len(values) else values
-    deviation = float(np.sqrt((centred**2).mean())) if len(values) else 0.0
-    made: NDArray[np.float64] = centred / deviation if deviation > 1e-9 else np.zeros_like(values)
-    return made

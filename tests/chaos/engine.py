@@ -45,8 +45,8 @@ class Pace:
     """
     How hard a cell is: how long it lasts before the fault and under it, searches a second, and the time each has.
 
-    *stalled_most* searches may lack a shard, flagged, as a part comes or goes: so many are sent while a machine that has
-    other things to do lets no process of ours run.
+    *stalled_most* searches may lack a shard, flagged, as a part comes or goes: so many are sent in the tenth of a second
+    in which a process that starts, or another user of the machine, leaves the others no processor.
     """
 
     calm_s: float
@@ -69,6 +69,7 @@ class Outcome:
     worst_ms: float = 0.0
     back_s: float | None = None
     growth_mb: float = 0.0
+    stalled: int = 0  # searches that lacked a shard, flagged, as the part came or went, and were borne
     complaints: list[str] = field(default_factory=list)
 
 
@@ -179,7 +180,8 @@ async def _run(cell: Cell, deployment: Deployment, pace: Pace) -> Outcome:
         outcome.back_s = None if back is None else back - mended
     moments = _Moments(began, hurting, hurt, mending, mended)
     under = list(moments.under(load.replies))
-    outcome.complaints += _complaints(cell, load.replies, moments, pace.stalled_most)
+    outcome.stalled, complaints = _judged(cell, load.replies, moments, pace.stalled_most)
+    outcome.complaints += complaints
     _measure(outcome, under, pace.timeout_ms)
     if nameless:
         search.kill()
@@ -212,12 +214,13 @@ class _Moments:
         return (reply for reply in replies if reply.sent >= self.hurt and reply.done < self.mending)
 
 
-def _complaints(cell: Cell, replies: Sequence[Reply], moments: _Moments, stalled_most: int) -> list[str]:
+def _judged(cell: Cell, replies: Sequence[Reply], moments: _Moments, stalled_most: int) -> tuple[int, list[str]]:
+    """Return how many replies that lacked a shard were borne, and all that was not as it must be."""
     calm, under = list(moments.calm(replies)), list(moments.under(replies))
-    between = list(moments.between(replies))
     possible = frozenset().union(*cell.flags) | cell.recovering
-    met = [reply for reply in between if reply.status != 200 or not reply.flags <= possible]
-    unless_stalled = [reply for reply in met if reply.status != 200 or not reply.flags <= possible | _PARTIAL]
+    met = [reply for reply in moments.between(replies) if reply.status != 200 or not reply.flags <= possible]
+    stalled = [reply for reply in met if reply.status == 200 and reply.flags <= possible | _PARTIAL]
+    borne = stalled if len(stalled) <= stalled_most else []
     wrong = {
         "before the fault": [reply for reply in calm if not _well(reply)],
         "under the fault": [
@@ -225,14 +228,14 @@ def _complaints(cell: Cell, replies: Sequence[Reply], moments: _Moments, stalled
             for reply in under
             if reply.status != 200 or reply.flags not in cell.flags or reply.coverage != cell.coverage
         ],
-        "as it came and went": unless_stalled if len(met) - len(unless_stalled) <= stalled_most else met,
+        "as it came and went": [reply for reply in met if reply not in borne],
     }
     found = [
         f"{when}: {len(bad)} of {len(replies)} replies wrong: {_summary(bad)}" for when, bad in wrong.items() if bad
     ]
     if len(under) < 20:
         found.append(f"only {len(under)} searches were answered under the fault")
-    return found
+    return len(borne), found
 
 
 def _measure(outcome: Outcome, under: Sequence[Reply], timeout_ms: int) -> None:

@@ -33,10 +33,11 @@ def table(outcomes: Sequence[Outcome], pace: Pace) -> str:
     for found in outcomes:
         cell = found.cell
         flags = ", ".join(f"{kind} {count}" for kind, count in found.flags.most_common())
+        borne = f"ok; {found.stalled} without a shard as it came or went" if found.stalled else "ok"
         back = "never" if found.back_s is None else f"{found.back_s:.1f}"
         lines.append(
             f"| {' + '.join(cell.parts)} | {cell.fault} | {cell.shards} | {'yes' if cell.redis else 'no'} | "
             f"{found.searches} | {flags} | {found.overlap:.2f} | {found.p50_ms:.0f} | {found.p99_ms:.0f} | "
-            f"{found.worst_ms:.0f} | {back} | {'; '.join(found.complaints) or 'ok'} |"
+            f"{found.worst_ms:.0f} | {back} | {'; '.join(found.complaints) or borne} |"
         )
     return "\n".join(lines)

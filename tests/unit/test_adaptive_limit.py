@@ -29,7 +29,8 @@ def test_who_is_in_haste_does_not_pass_for_overload(given_up_after_s: float, gro
 
 
 @pytest.mark.parametrize(
-    ("takes_s", "allowed_s", "shrinks"), [(0.15, 1.0, False), (0.15, 0.3, True), (0.4, 60.0, True), (0.035, 0.05, False)]
+    ("takes_s", "allowed_s", "shrinks"),
+    [(0.15, 1.0, False), (0.15, 0.3, True), (0.4, 60.0, True), (0.035, 0.05, False)],
 )
 def test_slow_is_measured_by_what_the_caller_allows_too(takes_s: float, allowed_s: float, shrinks: bool) -> None:
     """Work of 10 ms that takes a small part of its time is well; a large part, or long in itself, is not."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from services.common.app import make_breaker
+from services.common.app import make_breaker, make_store
 from services.common.breaker import STATES, Breaker, BreakerStatus, NotAFailure, Unproven
 from services.common.errors import DependencyUnavailable
 from services.common.metrics import Metrics
@@ -345,3 +345,29 @@ def test_the_state_is_in_the_metrics_while_the_breaker_is_used() -> None:
     gc.collect()
     assert states() == {"redis": 0}
     assert metrics.breakers == {"redis": other}
+
+
+async def test_the_first_probe_may_come_soon_and_the_next_ones_later(make, clock):
+    """Each that fails doubles the pause, up to the usual one; after one that went well it is short again."""
+    breaker = make(in_a_row=1, reset_s=1.0, first_reset_s=0.2)
+    for _ in range(2):
+        await fail(breaker)
+        for pause_s in (0.2, 0.4, 0.8, 1.0, 1.0):
+            clock.now += pause_s - 0.01
+            assert breaker.would_refuse()
+            clock.now += 0.02
+            assert not breaker.would_refuse()
+            await fail(breaker)
+        clock.now += 1.01
+        await succeed(breaker)
+        assert breaker.state == "closed"
+
+
+async def test_the_stores_breaker_opens_at_once_and_asks_again_soon():
+    """One time-out pauses it for a tenth of a second, not for the usual time."""
+    breaker = make_store("redis", "redis://127.0.0.1:1/0", SearchSettings(), Metrics("search")).breaker
+    await succeed(breaker)
+    await fail(breaker)
+    assert breaker.would_refuse()
+    await asyncio.sleep(0.15)
+    assert not breaker.would_refuse()

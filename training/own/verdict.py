@@ -6,9 +6,10 @@ from math import comb
 
 import numpy as np
 
+from services.common.standardizing import standardized
 from services.search.settings import SearchSettings
 from tercet.evaluation import measure
-from training.candidates import Floats, standardised
+from training.candidates import Floats
 from training.evaluate import Cascade, Scored
 
 NDCG = "nDCG@10"
@@ -68,7 +69,7 @@ def without_rerank(questions: Sequence[Scored], grades: Sequence[Mapping[int, in
 def ranked(questions: Sequence[Scored], grades: Sequence[Mapping[int, int]], cascade: Cascade) -> Ranked:
     """Return nDCG@10 of each of *questions* by their logits, and as search blends what *cascade* makes of them."""
     blended = [
-        (1 - BLEND) * standardised(scored.hybrid) + BLEND * standardised(cascade.blended(scored))
+        (1 - BLEND) * standardized(scored.hybrid) + BLEND * standardized(cascade.blended(scored))
         for scored in questions
     ]
     return Ranked(_each(questions, grades, [scored.logits for scored in questions]), _each(questions, grades, blended))
