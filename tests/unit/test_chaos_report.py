@@ -14,7 +14,9 @@ def test_cells_that_run_again_replace_their_rows() -> None:
     first, second, third = list(whole())[:3]
     wrong = Outcome(second, searches=1200, flags=Counter({"none": 7}), complaints=["a | b"])
     before = table([Outcome(third, searches=30, back_s=0.25), wrong, Outcome(first, searches=20, stalled=2)], PACE)
-    assert before.startswith("2 of 3 cells as they must be; 1,250 searches under a fault, 50 a second, `timeout_ms` 1000.")
+    assert before.startswith(
+        "2 of 3 cells as they must be; 1,250 searches under a fault, 50 a second, `timeout_ms` 1000."
+    )
     assert "| none 7 | 0.00 | 0 | 0 | 0 | never | a / b |" in before
     after = table([Outcome(second, searches=40, back_s=1.0)], PACE, f"\n{before}\n")
     assert after.startswith("3 of 3 cells as they must be; 90 searches")
