@@ -82,6 +82,8 @@ async def _run(options: argparse.Namespace, place: Path) -> int:
             await cluster.open()
             await cluster.until_settled()
             timeline.tell("all pods are available")
+            # So long some of them may still hold that others have no address.
+            await asyncio.sleep(options.endpoints_lag_s + options.names_kept_s)
             timeline.tell(f"{await load.write_documents()} documents are written and applied")
             play = Play(cluster, load, timeline, busy=options.busy)
             alerts = await _act(play, load, cluster, options, place)
