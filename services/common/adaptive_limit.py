@@ -124,9 +124,10 @@ class AdaptiveLimit:
         """Take note that work of *cost* had no result after *seconds*: with one it would have taken no less."""
         kind = self._kinds.get(_kind(cost))
         if kind is not None and seconds > kind.usual_s:
+            well_s = kind.well_s(allowed_s)
             self._judged += cost
-            self._slowness += cost * seconds / kind.well_s(allowed_s)
-            self._in_vain += cost if seconds > kind.well_s(allowed_s) else 0.0  # Otherwise it was in haste.
+            self._slowness += cost * seconds / well_s
+            self._in_vain += cost if seconds > well_s else 0.0  # Otherwise it was in haste.
 
     def look(self, now: float, load: Load) -> None:
         """

@@ -69,7 +69,6 @@ class Outcome:
     worst_ms: float = 0.0
     back_s: float | None = None
     growth_mb: float = 0.0
-    stalled: int = 0  # searches that lacked a shard, flagged, as the part came or went, and were borne
     complaints: list[str] = field(default_factory=list)
 
 
@@ -180,8 +179,7 @@ async def _run(cell: Cell, deployment: Deployment, pace: Pace) -> Outcome:
         outcome.back_s = None if back is None else back - mended
     moments = _Moments(began, hurting, hurt, mending, mended)
     under = list(moments.under(load.replies))
-    outcome.stalled, complaints = _judged(cell, load.replies, moments, pace.stalled_most)
-    outcome.complaints += complaints
+    outcome.complaints += _complaints(cell, load.replies, moments, pace.stalled_most)
     _measure(outcome, under, pace.timeout_ms)
     if nameless:
         search.kill()
@@ -214,8 +212,7 @@ class _Moments:
         return (reply for reply in replies if reply.sent >= self.hurt and reply.done < self.mending)
 
 
-def _judged(cell: Cell, replies: Sequence[Reply], moments: _Moments, stalled_most: int) -> tuple[int, list[str]]:
-    """Return how many replies that lacked a shard were borne, and all that was not as it must be."""
+def _complaints(cell: Cell, replies: Sequence[Reply], moments: _Moments, stalled_most: int) -> list[str]:
     calm, under = list(moments.calm(replies)), list(moments.under(replies))
     possible = frozenset().union(*cell.flags) | cell.recovering
     met = [reply for reply in moments.between(replies) if reply.status != 200 or not reply.flags <= possible]
@@ -235,7 +232,7 @@ def _judged(cell: Cell, replies: Sequence[Reply], moments: _Moments, stalled_mos
     ]
     if len(under) < 20:
         found.append(f"only {len(under)} searches were answered under the fault")
-    return len(borne), found
+    return found
 
 
 def _measure(outcome: Outcome, under: Sequence[Reply], timeout_ms: int) -> None:
