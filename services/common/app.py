@@ -44,7 +44,7 @@ from services.common.middleware.disconnect import DisconnectMiddleware
 from services.common.middleware.request_context import RequestContextMiddleware
 from services.common.middleware.shedding import Door, SheddingMiddleware
 from services.common.middleware.tracing import TracingMiddleware, open_spans
-from services.common.model_files import ModelNotFound
+from services.common.model_errors import ModelNotFound
 from services.common.retry_budget import RetryBudget
 from services.common.settings import ServiceSettings, SettingsError, read_settings
 from services.common.tracing import annotate, under

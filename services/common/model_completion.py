@@ -19,7 +19,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 
 log = structlog.get_logger(__name__)
 

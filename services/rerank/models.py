@@ -9,7 +9,8 @@ from typing import Any
 import structlog
 
 from services.common.encoders import EncoderOptions
-from services.common.model_files import FAKE_MODEL, PACKAGED, InvalidModel, resolve_model
+from services.common.model_errors import InvalidModel
+from services.common.model_files import FAKE_MODEL, PACKAGED, resolve_model
 from services.rerank.cascade import FittedBlend
 from services.rerank.ports import Backend, ScorerInfo
 from services.rerank.settings import AUTO, LATE_INTERACTION, RerankSettings

@@ -13,7 +13,8 @@ from sentence_transformers import SentenceTransformer
 
 from services.common.encoders import EncoderOptions
 from services.common.encoders.hardware import processor
-from services.common.model_files import DEFAULT_MODEL, ModelNotFound, files_digest, resolve_model
+from services.common.model_errors import ModelNotFound
+from services.common.model_files import DEFAULT_MODEL, files_digest, resolve_model
 from services.embedding.backends.fake import FakeBackend as FakeEmbedding
 from services.embedding.backends.transformer import TransformerBackend
 from services.embedding.models import load_backend as load_embedding

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from services.common.encoders import EncoderOptions
-from services.common.model_files import DEFAULT_MODEL, ModelNotFound
+from services.common.model_errors import ModelNotFound
+from services.common.model_files import DEFAULT_MODEL
 from services.rerank.backends.cross_encoder import open_cross_encoder
 from services.rerank.backends.fake import FakeBackend
 from services.rerank.backends.late_interaction import LateInteractionBackend

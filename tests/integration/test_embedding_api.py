@@ -12,7 +12,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from services.common.metrics import LATENCY_BUCKETS_S
-from services.common.model_files import DEFAULT_MODEL, ModelNotFound, resolve_model
+from services.common.model_errors import ModelNotFound
+from services.common.model_files import DEFAULT_MODEL, resolve_model
 from services.common.wire.base import MAX_INPUT_CHARS
 from services.embedding.app import create_app
 from services.embedding.settings import EmbeddingSettings

@@ -12,7 +12,7 @@ import pytest
 
 from services.common.encoders import EncoderOptions
 from services.common.encoders.golden import agreement
-from services.common.model_files import ModelNotFound
+from services.common.model_errors import ModelNotFound
 from services.embedding.offline.console import OfflineError
 from services.embedding.offline.exporting import triton_name
 from services.embedding.offline.onnx_export import Source, load_source, write_onnx

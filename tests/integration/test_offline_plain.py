@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from services.common.model_files import ModelNotFound, resolve_model
+from services.common.model_errors import ModelNotFound
+from services.common.model_files import resolve_model
 from services.embedding.offline.console import OfflineError
 from services.embedding.offline.output import MARK
 from services.embedding.offline.plain import export_plain

@@ -12,7 +12,7 @@ import torch
 
 from services.common.encoders import EncoderOptions
 from services.common.encoders.pairs.golden import closeness
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 from services.rerank.backends.cross_encoder import CrossEncoderBackend, open_cross_encoder
 from services.rerank.ports import Backend, Window
 from tests.tiny_models import POSITIONS

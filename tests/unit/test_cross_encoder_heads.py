@@ -12,7 +12,7 @@ from services.common.encoders.pairs.form import PairForm, PairTokenizer
 from services.common.encoders.pairs.model import PairDescription
 from services.common.encoders.pairs.torch_pairs import TorchPairs
 from services.common.errors import OutOfMemory
-from services.common.model_files import InvalidModel, ModelNotFound
+from services.common.model_errors import InvalidModel, ModelNotFound
 from services.rerank.backends.cross_encoder import CrossEncoderBackend, open_cross_encoder
 from services.rerank.backends.decoder import DecoderBackend
 from services.rerank.ports import Backend, QueryTokens, Window

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.common.encoders import EncoderOptions
 from services.common.errors import InvalidInput
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 from services.rerank.backends.cross_encoder import open_cross_encoder
 from services.rerank.backends.decoder import DecoderBackend
 from services.rerank.ports import Backend, Window

@@ -10,7 +10,7 @@ from services.common.encoders.choice import Candidate, Unusable, candidates, cho
 from services.common.encoders.golden import agreement
 from services.common.encoders.hardware import Processor
 from services.common.encoders.trial import TextTrial
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 from services.common.tokens import Tokens
 
 NATIVE = Processor("new", frozenset({"avx512_bf16", "amx_bf16"}))

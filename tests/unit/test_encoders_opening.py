@@ -11,7 +11,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from services.common.encoders import Encoder, EncoderOptions, Projection, fingerprint_of, open_encoder
-from services.common.model_files import DEFAULT_MODEL, InvalidModel, ModelNotFound, files_digest
+from services.common.model_errors import InvalidModel, ModelNotFound
+from services.common.model_files import DEFAULT_MODEL, files_digest
 from tests.tiny_models import HIDDEN, POSITIONS, write_bert, write_decoder
 from tests.trouble_service import until
 
@@ -352,7 +353,7 @@ def _child_of(parent: int) -> int | None:
         try:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
                 command = (stat.parent / "cmdline").read_text()
-                return int(stat.parent.name) if "services.common.encoders.apart" in command else None
+                return int(stat.parent.name) if "services.common.encoders.measuring" in command else None
         except OSError:  # It has ended since.
             continue
     return None

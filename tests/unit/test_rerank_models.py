@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.common.model_files import InvalidModel, ModelNotFound
+from services.common.model_errors import InvalidModel, ModelNotFound
 from services.rerank.backends.fake import FakeBackend
 from services.rerank.cascade import FittedBlend
 from services.rerank.models import BLEND_FILE, check_cascade, first_stage, load_backends, load_blend

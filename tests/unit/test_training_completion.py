@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 
 from services.common.model_completion import COMPLETION_FILE, completed
-from services.common.model_files import InvalidModel, ModelNotFound, check_model_files, resolve_model
+from services.common.model_errors import InvalidModel, ModelNotFound
+from services.common.model_files import check_model_files, resolve_model
 from tests.tiny_models import write_bert
 from training.model import WORD_EMBEDDINGS, new_student
 from training.ship import CannotShip, load_shipped, write_shipped

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from filelock import FileLock, Timeout
 
-from services.common.model_files import ModelNotFound
+from services.common.model_errors import ModelNotFound
 from services.embedding.offline.console import OfflineError, fail, say, silence_libraries
 from services.embedding.offline.output import check_free
 from tercet.client import TercetClient

@@ -1,14 +1,11 @@
-"""Measuring in a process of its own: `python -m services.common.encoders.apart`, its task on standard input."""
+"""Measuring in a process of its own: the side of the process that asks for it. measuring.py is the other."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import threading
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import structlog
 
@@ -18,7 +15,8 @@ log = structlog.get_logger(__name__)
 
 PATIENCE_S = 240.0
 Task = Literal["texts", "pairs"]
-_PATHS = ("cache_dir", "projection")
+
+_MEASURING = "services.common.encoders.measuring"  # By its name: it imports all that imports this.
 
 
 def measured_apart(task: Task, name: str, options: EncoderOptions) -> bool:
@@ -45,7 +43,7 @@ def measured_apart(task: Task, name: str, options: EncoderOptions) -> bool:
 
 def _run(task: str, told: IO[str]) -> int:
     """Return the child's exit status. Its standard input stays open while this process lives: its end is the child's."""
-    command = [sys.executable, "-m", "services.common.encoders.apart"]
+    command = [sys.executable, "-m", _MEASURING]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=told, text=True) as child:
         try:
             assert child.stdin is not None
@@ -55,30 +53,3 @@ def _run(task: str, told: IO[str]) -> int:
         except BaseException:
             child.kill()
             raise
-
-
-def _end_with_the_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(1)  # Nobody waits for what this would find out, and both cores are busy with it.
-
-
-def main() -> None:
-    """Do the task in the first line of standard input, as long as that is open."""
-    asked = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    values: dict[str, Any] = asked["options"]
-    values |= {key: Path(values[key]) for key in _PATHS if values[key]}
-    options = EncoderOptions(**values)
-    if asked["task"] == "pairs":
-        from services.common.encoders.pairs.opening import measure_pairs
-
-        measure_pairs(asked["name"], options)
-    else:
-        from services.common.encoders.opening import measure
-
-        measure(asked["name"], options)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,7 @@ from services.common.encoders.hardware import Processor
 from services.common.encoders.protocol import EncoderOptions
 from services.common.encoders.store import Choice
 from services.common.encoders.trial import ModelT, Trial
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 
 log = structlog.get_logger(__name__)
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _FP16_FLAGS = frozenset({"avx512_fp16", "amx_fp16"})

@@ -21,7 +21,7 @@ from services.common.encoders.golden import GOLDEN_TEXTS
 from services.common.encoders.projection import Projection
 from services.common.encoders.protocol import EncoderOptions
 from services.common.encoders.tokenizer import TextTokenizer, make_tokenizer
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 
 # What models without a limit of their own read: a longer text would take them minutes.
 _DEFAULT_MAX_TOKENS = 512

@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from services.common.encoders.hardware import processor, resolve_device, usable_
 from services.common.encoders.protocol import EncoderOptions
 from services.common.encoders.store import DescriptionT, EncoderStore, TokenizerT, choice_key
 from services.common.encoders.trial import Computes, Trial
-from services.common.model_files import ModelNotFound, check_model_files, default_cache_dir, files_digest, resolve_model
+from services.common.model_errors import ModelNotFound
+from services.common.model_files import check_model_files, default_cache_dir, files_digest, resolve_model
 
 if TYPE_CHECKING:
     import torch

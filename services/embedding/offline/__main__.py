@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from services.common.model_files import DEFAULT_MODEL, ModelNotFound
+from services.common.model_errors import ModelNotFound
+from services.common.model_files import DEFAULT_MODEL
 from services.embedding.offline.console import OfflineError, fail, say, say_facts, silence_libraries
 from services.embedding.specs import POOLINGS
 

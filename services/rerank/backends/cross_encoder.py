@@ -1,7 +1,7 @@
 """Models with a head over a query and a document read side by side: rerankers, and classifiers of several labels."""
 
 from services.common.encoders import EncoderOptions
-from services.common.model_files import ModelNotFound
+from services.common.model_errors import ModelNotFound
 from services.rerank.backends.decoder import DecoderBackend
 from services.rerank.backends.heads import WORKING, head_of
 from services.rerank.backends.pairs import PairBackend

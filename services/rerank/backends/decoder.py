@@ -1,7 +1,7 @@
 """Causal models that are asked whether a document answers a query, and say yes or no (Qwen3-Reranker and its like)."""
 
 from services.common.encoders import EncoderOptions
-from services.common.model_files import ModelNotFound
+from services.common.model_errors import ModelNotFound
 from services.rerank.backends.heads import WORKING, head_of
 from services.rerank.backends.pairs import PairBackend
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from services.common.model_files import InvalidModel, ModelNotFound, check_model_files, resolve_model
+from services.common.model_errors import InvalidModel, ModelNotFound
+from services.common.model_files import check_model_files, resolve_model
 
 Head = Literal["scores", "words"]
 

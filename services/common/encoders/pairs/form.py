@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from services.common.encoders.tokenizer import Ids, Offsets, TextTokenizer
 from services.common.errors import InvalidInput
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 from services.common.tokens import Tokens
 
 

@@ -23,7 +23,7 @@ from services.common.encoders.pairs.probing import SAMPLES, find_form
 from services.common.encoders.pairs.torch_pairs import TorchPairs
 from services.common.encoders.protocol import EncoderOptions
 from services.common.encoders.tokenizer import make_tokenizer
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 
 _TOLERANCE = 1e-3
 

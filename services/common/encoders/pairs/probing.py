@@ -6,7 +6,7 @@ from typing import Any
 
 from services.common.encoders.pairs.form import Fixed, PairForm, PairTokenizer
 from services.common.encoders.tokenizer import TextTokenizer
-from services.common.model_files import InvalidModel
+from services.common.model_errors import InvalidModel
 
 SAMPLES = (
     ("What do plants need?", "Light and water."),
