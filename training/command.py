@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("build/reranker"), help="all that is made, also on the way")
     how_long = parser.add_mutually_exclusive_group()
     how_long.add_argument("--minutes", type=float, default=60.0, help="of training; pauses do not count (default 60)")
-    how_long.add_argument("--steps", type=int, help="of training: the same number makes the same model")
+    how_long.add_argument("--steps", type=_count, help="of training: the same number makes the same model")
     parser.add_argument("--seed", type=int, default=Recipe().seed)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -74,12 +74,21 @@ def _parser() -> argparse.ArgumentParser:
         help=f"do not train on it ({', '.join(TRAINED)}); may be given more than once",
     )  # fmt: skip
     parser.add_argument(
+        "--judged", type=_count, metavar="N", help="evaluate on the first N questions of each set; otherwise on all"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a minute's run over a little of each set, to see that all works"
     )
     parser.add_argument(
         "--install", action="store_true", help="put the model into tercet/models and the report into training/"
     )
     return parser
+
+
+def _count(given: str) -> int:
+    if not given.isascii() or not given.isdigit() or not int(given):
+        raise argparse.ArgumentTypeError(f"{given!r} is no whole number from 1")
+    return int(given)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -92,12 +101,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     budget = Budget(steps=options.steps) if options.steps else Budget(seconds=60 * options.minutes)
     command = f"python -m training --data {options.data} --seed {options.seed}"
     command += "".join(f" --leave-out {name}" for name in left_out)
+    command += f" --judged {options.judged}" if options.judged else ""
     prepared = out / "prepared"
     if left_out:
         out = out / f"without-{'-'.join(left_out)}"
-    limit = most_judged = None
+    limit, most_judged = None, options.judged
     if options.quick:
-        out, limit, most_judged, command = out / "quick", 200, 5, f"{command} --quick"
+        out, limit, most_judged, command = out / "quick", 200, most_judged or 5, f"{command} --quick"
         recipe = replace(recipe, real={name: Share(50, 1) for name in TRAINED})
         budget = Budget(steps=options.steps or 20)
     return Plan(

@@ -63,9 +63,9 @@ Written by `python -m training`. To make the same model again: `{outcome.command
 
 ## nDCG@10
 
-The 30 best candidates of dense + BM25, reordered; all judged questions of sets that were not trained on, then held-back \
-parts of the training sets (other articles, diseases, abstracts). `teacher` is the mixture of MaxSim, dense and BM25; \
-`cascade` is the fitted sum of MaxSim and the cross-encoder's logit.
+The 30 best candidates of dense + BM25, reordered; judged questions, as many as the brackets say, of sets that were not \
+trained on, then of held-back parts of the training sets (other articles, diseases, abstracts). `teacher` is the mixture of \
+MaxSim, dense and BM25; `cascade` is the fitted sum of MaxSim and the cross-encoder's logit.
 
 {table(outcome.measured, outcome.judged)}
 

@@ -125,6 +125,14 @@ def test_a_set_left_out_is_not_trained_on(made):
     assert "scifact, held back" in outcome.measured
 
 
+def test_fewer_questions_are_judged_on_request(made):
+    """With a limit, each set is measured on its first questions only, and the report says how many."""
+    plan, _, _ = made
+    outcome = run(replace(plan, most_judged=2, out=plan.out.with_name("judged")), lambda line: None)
+    assert max(outcome.judged.values()) == 2
+    assert "scifact (2)" in (plan.out.with_name("judged") / "RESULTS.md").read_text()
+
+
 def test_a_worse_model_is_not_installed(made, tmp_path):
     """A model goes into the product only if it ranks the tests better than retrieval does without it."""
     plan, outcome, _ = made
@@ -159,6 +167,16 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     with FileLock(out / ".lock"):
         assert main() == 1
     assert "another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--steps", "--judged"])
+@pytest.mark.parametrize("given", ["0", "-1", "many", "²"])
+def test_a_count_is_a_whole_number_from_one(option, given, monkeypatch, capsys):
+    """Another value is refused by its option's name before anything is read."""
+    monkeypatch.setattr(sys, "argv", ["training", "--data", "nothing", f"{option}={given}"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"{option}: '{given}' is no whole number from 1" in capsys.readouterr().err
 
 
 def test_platt_finds_the_constants_again():
