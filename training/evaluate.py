@@ -7,7 +7,7 @@ The 30 best candidates of dense + BM25 are reordered; the measure is nDCG@10 ove
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from sentence_transformers import CrossEncoder
@@ -27,6 +27,7 @@ CANDIDATES = 30
 RRF_K = 60
 CROSS_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 RERANK_SHARES = (0.3, 0.5, 0.7)
+MAXSIM_SHARE = 0.5  # Of the shipped cascade, both by their usual spread; README.md says why it is not fitted.
 _NDCG = "nDCG@10"
 
 
@@ -135,8 +136,13 @@ def ndcg(questions: Sequence[Scored], cascade: Cascade) -> dict[str, float]:
     return {way: measure(qrels, run)[_NDCG] for way, run in runs.items()}
 
 
-def fit_cascade(sets: Sequence[Sequence[Scored]]) -> Cascade:
-    """Return the constants that fit the candidates of *sets* of questions best, each set counting the same."""
+def fit_cascade(sets: Sequence[Sequence[Scored]], *, maxsim_share: float | None = None) -> Cascade:
+    """
+    Return the constants that fit the candidates of *sets* of questions best, each set counting the same.
+
+    With *maxsim_share* the order is given, MaxSim's share of a sum in which each is divided by its usual spread among a
+    question's candidates; fitted is which probability the sum stands for. Without, the likeliest share is found, too.
+    """
     maxsim, logits, labels, weights = [], [], [], []
     for questions in sets:
         total = sum(len(scored.row.passages) for scored in questions)
@@ -145,8 +151,20 @@ def fit_cascade(sets: Sequence[Sequence[Scored]]) -> Cascade:
             logits.append(scored.logits)
             labels.append([float(int(at) in scored.answers) for at in scored.row.passages])
             weights.append(np.full(len(scored.logits), 1.0 / total))
-    first, both = np.concatenate(maxsim), np.column_stack([np.concatenate(maxsim), np.concatenate(logits)])
+    columns = np.column_stack([np.concatenate(maxsim), np.concatenate(logits)]).astype(np.float64)
     truth, counts = np.concatenate(labels), np.concatenate(weights)
-    a, b, c = fit_sigmoid(both.astype(np.float64), truth, counts)
-    d, e = fit_sigmoid(first.astype(np.float64)[:, None], truth, counts)
+    d, e = fit_sigmoid(columns[:, :1], truth, counts)
+    if maxsim_share is None:
+        a, b, c = fit_sigmoid(columns, truth, counts)
+    else:
+        shares = np.array([maxsim_share, 1.0 - maxsim_share])
+        parts = shares / [_usual_spread(sets, "maxsim"), _usual_spread(sets, "logits")]
+        factor, c = fit_sigmoid((columns @ parts)[:, None], truth, counts)
+        a, b = (factor * parts).tolist()
     return Cascade((a, b, c), (d, e))
+
+
+def _usual_spread(sets: Sequence[Sequence[Scored]], of: Literal["maxsim", "logits"]) -> float:
+    """Return the mean deviation of a score among a question's candidates, each set counting the same."""
+    spreads = [[(q.row.maxsim if of == "maxsim" else q.logits).std() for q in questions] for questions in sets]
+    return max(1e-9, float(np.mean([np.mean(each) for each in spreads])))

@@ -65,15 +65,15 @@ Written by `python -m training`. To make the same model again: `{outcome.command
 
 The 30 best candidates of dense + BM25, reordered; judged questions, as many as the brackets say, of sets that were not \
 trained on, then of held-back parts of the training sets (other articles, diseases, abstracts). `teacher` is the mixture of \
-MaxSim, dense and BM25; `cascade` is the fitted sum of MaxSim and the cross-encoder's logit.
+MaxSim, dense and BM25; `cascade` is the sum of MaxSim and the cross-encoder's logit below.
 
 {table(outcome.measured, outcome.judged)}
 
 ## Calibration
 
 `cascade.json`: probability = sigmoid({_sum(outcome.cascade.both, ("MaxSim", "logit"))}), and without a logit \
-sigmoid({_sum(outcome.cascade.first, ("MaxSim",))}); fitted on the held-back parts. The share is of the candidates with a \
-probability of 0.5 or more that are answers.
+sigmoid({_sum(outcome.cascade.first, ("MaxSim",))}); fitted on the held-back parts, with MaxSim and the logit in equal parts \
+by their usual spread. The share is of the candidates with a probability of 0.5 or more that are answers.
 
 | set | Brier score | share of answers |
 |---|---|---|

@@ -18,7 +18,7 @@ from services.common.model_files import resolve_model
 from training.calibration import brier, sigmoid
 from training.candidates import Prepared, prepare
 from training.data import TESTED, TRAINED, DataError, Part, available, read
-from training.evaluate import Cascade, Scored, fit_cascade, ndcg, score_part
+from training.evaluate import MAXSIM_SHARE, Cascade, Scored, fit_cascade, ndcg, score_part
 from training.lists import Lists, chosen_questions
 from training.loop import Budget, Training
 from training.model import new_student
@@ -151,7 +151,7 @@ def _evaluate(
     fitted_on = [found for name, found in scored.items() if name in own]
     if not fitted_on:
         raise DataError(f"{plan.data}: no held-back questions to fit probabilities on")
-    cascade = fit_cascade(fitted_on)
+    cascade = fit_cascade(fitted_on, maxsim_share=MAXSIM_SHARE)
     measured = {name: ndcg(found, cascade) for name, found in scored.items()}
     for name, by_way in measured.items():
         say(f"{name}: nDCG@10 " + ", ".join(f"{way} {by_way[way]:.4f}" for way in MAIN_WAYS))

@@ -20,7 +20,7 @@ from training.calibration import brier, fit_sigmoid, sigmoid
 from training.candidates import Row
 from training.command import main
 from training.data import DataError
-from training.evaluate import reciprocal_ranks
+from training.evaluate import Scored, fit_cascade, reciprocal_ranks
 from training.loop import Budget
 from training.recipe import FIRST_STAGE, Recipe
 from training.run import Plan, install, run
@@ -177,6 +177,24 @@ def test_a_count_is_a_whole_number_from_one(option, given, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert f"{option}: '{given}' is no whole number from 1" in capsys.readouterr().err
+
+
+def test_the_cascades_order_is_given_or_fitted():
+    """With a share both scores count so by their usual spread, however much better one is; without, the better one decides."""
+    rng = np.random.default_rng(2)
+    questions = []
+    for _ in range(200):
+        maxsim, logits = rng.normal(0.7, 0.1, 30).astype(np.float32), rng.normal(0, 3.0, 30).astype(np.float32)
+        best = frozenset({int(np.argmax(logits))})
+        row = Row(np.arange(30), maxsim, maxsim, maxsim)
+        questions.append(Scored(best, [], row, maxsim, maxsim, logits))
+    equal, fitted = fit_cascade([questions], maxsim_share=0.5), fit_cascade([questions])
+    assert equal.both[0] / equal.both[1] == pytest.approx(30.0, rel=0.05)
+    assert abs(fitted.both[0] / fitted.both[1]) < 3.0
+    assert equal.first == fitted.first
+    for cascade in (equal, fitted):
+        total = sum(float(sigmoid(cascade.blended(one).astype(float)).sum()) for one in questions)
+        assert total == pytest.approx(len(questions), rel=0.01)
 
 
 def test_platt_finds_the_constants_again():
