@@ -20,7 +20,7 @@ from benchmarks.rerank_servers import requests
 from benchmarks.servers import ServerFailed, inherited
 from services.rerank.models import load_backends
 from services.rerank.ports import Window
-from services.rerank.settings import RerankSettings
+from services.rerank.settings import NONE, RerankSettings
 
 Kind = Literal["predict", "backend"]
 WARM_UPS = 3
@@ -82,7 +82,7 @@ def library(model: str) -> Callable[[list[str]], object]:
 
 def backend(model: str) -> Callable[[list[str]], list[float]]:
     """Return our own backend's scoring of a request, tokenising included, in batches as large as the service's."""
-    settings = RerankSettings.model_validate({"model": model, "first_stage": ""})
+    settings = RerankSettings.model_validate({"model": model, "first_stage": NONE})
     (loaded,) = load_backends(settings)
 
     def batches(windows: Sequence[Window]) -> Iterator[list[Window]]:

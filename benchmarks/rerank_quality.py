@@ -30,7 +30,7 @@ from benchmarks.rerank_tables import (
     report,
 )
 from benchmarks.servers import inherited
-from services.rerank.settings import RerankSettings
+from services.rerank.settings import NONE, RerankSettings
 from services.search.settings import SearchSettings
 from tercet.client import TercetClient
 from tercet.stack import LocalStack, Ports
@@ -52,8 +52,8 @@ def variants(model: str | None = None) -> Variants:
     last = model or str(RerankSettings.model_fields["model"].default)
     made: Variants = {DEFAULT: {} if model is None else {"RERANK_MODEL": last, "RERANK_FIRST_STAGE": MAX_SIM}}
     if model is not None or has_shipped_model():
-        made[WITHOUT_FIRST] = {"RERANK_MODEL": last, "RERANK_FIRST_STAGE": ""}
-        made[WITHOUT_LAST] = {"RERANK_MODEL": MAX_SIM, "RERANK_FIRST_STAGE": ""}
+        made[WITHOUT_FIRST] = {"RERANK_MODEL": last, "RERANK_FIRST_STAGE": NONE}
+        made[WITHOUT_LAST] = {"RERANK_MODEL": MAX_SIM, "RERANK_FIRST_STAGE": NONE}
     return made
 
 

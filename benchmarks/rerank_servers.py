@@ -8,7 +8,7 @@ from benchmarks.servers import OURS, ServerSpec, as_json, infinity
 from benchmarks.stack import service_spec
 from benchmarks.texts import MARKERS, texts
 from services.common.model_files import DEFAULT_MODEL
-from services.rerank.settings import LATE_INTERACTION, RerankSettings
+from services.rerank.settings import LATE_INTERACTION, NONE, RerankSettings
 
 PAIR_TOKENS = 128
 QUERY_WORDS = 8
@@ -32,7 +32,7 @@ def requests(count: int, documents: int, seed: int) -> list[list[str]]:
 
 def rerank(name: str = OURS, *, model: Path | str | None = None) -> ServerSpec:
     """Return our own service with *model* alone; without one, with its defaults."""
-    alone = {} if model is None else {"RERANK_MODEL": str(model), "RERANK_FIRST_STAGE": ""}
+    alone = {} if model is None else {"RERANK_MODEL": str(model), "RERANK_FIRST_STAGE": NONE}
     return replace(service_spec(name, "rerank", **alone), path="/rerank", body=_body)
 
 

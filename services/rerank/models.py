@@ -13,7 +13,7 @@ from services.common.model_errors import InvalidModel
 from services.common.model_files import FAKE_MODEL, PACKAGED, resolve_model
 from services.rerank.cascade import FittedBlend
 from services.rerank.ports import Backend, ScorerInfo
-from services.rerank.settings import AUTO, LATE_INTERACTION, RerankSettings
+from services.rerank.settings import AUTO, LATE_INTERACTION, NONE, RerankSettings
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +51,7 @@ def first_stage(settings: RerankSettings) -> str:
         InvalidModel: A file that says what the model was fitted with cannot be read.
     """
     if settings.first_stage != AUTO:
-        return settings.first_stage
+        return "" if settings.first_stage == NONE else settings.first_stage
     file = _blend_file(settings)
     if file is None:
         return ""

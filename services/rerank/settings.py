@@ -10,6 +10,7 @@ from services.common.settings import ModelServiceSettings
 
 LATE_INTERACTION = "late-interaction/"
 AUTO = "auto"
+NONE = "none"  # A word, since an empty variable stands for its default.
 
 
 class RerankSettings(ModelServiceSettings):
@@ -29,9 +30,10 @@ class RerankSettings(ModelServiceSettings):
     )
     first_stage: str = Field(
         default=AUTO,
+        min_length=1,
         description="A second scorer, named alike, that scores all documents first (`late-interaction/` and an embedding "
         "model, say): the model then takes the best of those, best first, as time allows. `auto`: the one that the model "
-        "was fitted with, where the package has it, as for the default model. Empty: the model scores all.",
+        "was fitted with, where the package has it, as for the default model. `none`: the model scores all.",
     )
     last_stage_documents: Annotated[int, Field(ge=1)] = Field(
         default=10, description="After a first stage the model scores so many documents of a request, the best ones."

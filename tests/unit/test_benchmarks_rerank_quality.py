@@ -73,8 +73,8 @@ def test_a_model_to_try_stands_behind_the_usual_first_stage():
     made = rerank_quality.variants("./model")
     assert made[DEFAULT]["RERANK_MODEL"] == "./model"
     assert made[DEFAULT]["RERANK_FIRST_STAGE"] == MAX_SIM
-    assert made[WITHOUT_FIRST] == {"RERANK_MODEL": "./model", "RERANK_FIRST_STAGE": ""}
-    assert made[WITHOUT_LAST] == {"RERANK_MODEL": MAX_SIM, "RERANK_FIRST_STAGE": ""}
+    assert made[WITHOUT_FIRST] == {"RERANK_MODEL": "./model", "RERANK_FIRST_STAGE": "none"}
+    assert made[WITHOUT_LAST] == {"RERANK_MODEL": MAX_SIM, "RERANK_FIRST_STAGE": "none"}
 
 
 def test_the_default_is_not_set_up():

@@ -1,12 +1,14 @@
 """Which backends a model's name gets, and the constants that blend two of them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.common.model_errors import InvalidModel, ModelNotFound
+from services.common.settings import read_settings
 from services.rerank.backends.fake import FakeBackend
 from services.rerank.cascade import FittedBlend
 from services.rerank.models import BLEND_FILE, check_cascade, first_stage, load_backends, load_blend
@@ -70,11 +72,18 @@ def test_the_first_stage_that_a_model_was_fitted_with(model):
     for fitted_with, expected in ((packaged, packaged), ("late-interaction/another", ""), ("fake", "")):
         (model / BLEND_FILE).write_text(json.dumps(CONSTANTS | {"first_stage": fitted_with}))
         assert first_stage(RerankSettings(model=str(model))) == expected
-        assert first_stage(RerankSettings(model=str(model), first_stage="")) == ""
+        assert first_stage(RerankSettings(model=str(model), first_stage="none")) == ""
         assert first_stage(RerankSettings(model=str(model), first_stage="fake")) == "fake"
     (model / BLEND_FILE).unlink()
     assert first_stage(RerankSettings(model=str(model))) == ""
     assert first_stage(RerankSettings(model="fake")) == ""
+
+
+def test_the_first_stage_can_be_turned_off_by_a_variable(monkeypatch):
+    """Of the packaged model, too, which has one; an empty variable is as good as none."""
+    for given, expected in (("none", ""), ("", "late-interaction/all-MiniLM-L6-v2")):
+        monkeypatch.setenv("RERANK_FIRST_STAGE", given)
+        assert first_stage(read_settings(RerankSettings, os.environ)) == expected
 
 
 def test_no_constants_for_this_cascade(model):
