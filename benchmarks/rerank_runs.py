@@ -68,7 +68,8 @@ async def indexed(client: TercetClient, fingerprint: str, judged: JudgedSet) -> 
     digest = hashlib.sha256(f"{judged.digest} {fingerprint}".encode()).hexdigest()
     collection = f"{judged.name}-{digest[:16]}"
     found = await client.find_collection(collection)
-    if found is None or found.documents != len(judged.documents):
+    distinct = len({document["id"] for document in judged.documents})  # medquad names three of its texts twice
+    if found is None or found.documents != distinct:
         print(f"Indexing {len(judged.documents):,} documents of {judged.name}", flush=True)
         await client.index(collection, judged.documents)
     return collection

@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 CANDIDATES = 30
 RRF_K = 60
 CROSS_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-RERANK_SHARES = (0.3, 0.5, 0.7)
+RERANK_SHARES = (0.3, 0.5, 0.7, 0.8)
 MAXSIM_SHARE = 0.5  # Of the shipped cascade, both by their usual spread; README.md says why it is not fitted.
 _NDCG = "nDCG@10"
 

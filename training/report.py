@@ -101,7 +101,7 @@ def card(outcome: Outcome) -> str:
     """Return the model's card."""
     trained = [one.name for one in outcome.collections if outcome.questions.get(one.name)]
     data = "\n".join(f"* {LICENCES.get(name, name)}" for name in trained)
-    shown = ("equal RRF", "hybrid without rerank", "MaxSim", "cross-encoder", "cascade", "hybrid, 0.7 cascade")
+    shown = ("equal RRF", "hybrid without rerank", "MaxSim", "cross-encoder", "cascade", "hybrid, 0.8 cascade")
     return f"""---
 license: apache-2.0
 base_model: sentence-transformers/all-MiniLM-L6-v2

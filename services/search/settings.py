@@ -154,7 +154,7 @@ class SearchSettings(ServiceSettings):
         default=0.65, description="Share of the dense score in `standardized` fusion; BM25 has the rest."
     )
     rerank_blend: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.7, description="Share of the rerank score in the last order; the fused score has the rest."
+        default=0.8, description="Share of the rerank score in the last order; the fused score has the rest."
     )
     cache_bytes: Annotated[int, Field(ge=0)] = Field(
         default=64 * 1024 * 1024,
