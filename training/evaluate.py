@@ -7,12 +7,13 @@ The 30 best candidates of dense + BM25 are reordered; the measure is nDCG@10 ove
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from sentence_transformers import CrossEncoder
 
 from services.common.standardizing import standardized
+from services.search.settings import SearchSettings
 from tercet.evaluation import measure
 from training.calibration import fit_sigmoid
 from training.candidates import Floats, Prepared, Row, hybrid
@@ -26,7 +27,10 @@ Say = Callable[[str], None]
 CANDIDATES = 30
 RRF_K = 60
 CROSS_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-RERANK_SHARES = (0.3, 0.5, 0.7, 0.8)
+BLEND = float(SearchSettings.model_fields["rerank_blend"].default)
+RERANK_SHARES = sorted({0.3, 0.5, 0.7, BLEND})
+AS_SEARCH_RANKS = f"hybrid, {BLEND:g} cascade"
+MAIN_WAYS = ("equal RRF", "hybrid without rerank", "MaxSim", "cross-encoder", "cascade", AS_SEARCH_RANKS)
 MAXSIM_SHARE = 0.5  # Of the shipped cascade, both by their usual spread; README.md says why it is not fitted.
 _NDCG = "nDCG@10"
 
@@ -118,7 +122,7 @@ def orders(scored: Scored, cascade: Cascade) -> dict[str, list[int]]:
         **{f"teacher, {share} cross-encoder": (1 - share) * mixture + share * logits for share in CROSS_SHARES},
         "cascade": blended,
         **{
-            f"hybrid, {share} cascade": (1 - share) * standardized(scored.hybrid) + share * blended
+            f"hybrid, {share:g} cascade": (1 - share) * standardized(scored.hybrid) + share * blended
             for share in RERANK_SHARES
         },
     }
@@ -158,13 +162,17 @@ def fit_cascade(sets: Sequence[Sequence[Scored]], *, maxsim_share: float | None 
         a, b, c = fit_sigmoid(columns, truth, counts)
     else:
         shares = np.array([maxsim_share, 1.0 - maxsim_share])
-        parts = shares / [_usual_spread(sets, "maxsim"), _usual_spread(sets, "logits")]
+        parts = shares / _usual_spreads(sets)
         factor, c = fit_sigmoid((columns @ parts)[:, None], truth, counts)
         a, b = (factor * parts).tolist()
     return Cascade((a, b, c), (d, e))
 
 
-def _usual_spread(sets: Sequence[Sequence[Scored]], of: Literal["maxsim", "logits"]) -> float:
-    """Return the mean deviation of a score among a question's candidates, each set counting the same."""
-    spreads = [[(q.row.maxsim if of == "maxsim" else q.logits).std() for q in questions] for questions in sets]
-    return max(1e-9, float(np.mean([np.mean(each) for each in spreads])))
+def _usual_spreads(sets: Sequence[Sequence[Scored]]) -> Floats:
+    """Return the mean deviations of MaxSim and the logit among a question's candidates, each set counting the same."""
+    spreads = [
+        (np.mean([one.row.maxsim.std() for one in questions]), np.mean([one.logits.std() for one in questions]))
+        for questions in sets
+    ]
+    made: Floats = np.maximum(np.mean(spreads, axis=0), 1e-9)
+    return made

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 from training.data import TESTED, Collection
-from training.evaluate import Cascade
+from training.evaluate import MAIN_WAYS, Cascade
 from training.recipe import EMBEDDING_MODEL, Recipe
 
 LICENCES = {
@@ -101,7 +101,6 @@ def card(outcome: Outcome) -> str:
     """Return the model's card."""
     trained = [one.name for one in outcome.collections if outcome.questions.get(one.name)]
     data = "\n".join(f"* {LICENCES.get(name, name)}" for name in trained)
-    shown = ("equal RRF", "hybrid without rerank", "MaxSim", "cross-encoder", "cascade", "hybrid, 0.8 cascade")
     return f"""---
 license: apache-2.0
 base_model: sentence-transformers/all-MiniLM-L6-v2
@@ -138,7 +137,7 @@ Trained on, under these licences; none of the texts is in the model:
 nDCG@10 over the 30 best candidates of dense + BM25; nothing here was trained on. All figures, the log and the command \
 that makes the model again are in the source repository's `training/RESULTS.md`.
 
-{table(outcome.measured, outcome.judged, shown)}
+{table(outcome.measured, outcome.judged, MAIN_WAYS)}
 
 ## Limits
 

@@ -18,7 +18,7 @@ from services.common.model_files import resolve_model
 from training.calibration import brier, sigmoid
 from training.candidates import Prepared, prepare
 from training.data import TESTED, TRAINED, DataError, Part, available, read
-from training.evaluate import MAXSIM_SHARE, Cascade, Scored, fit_cascade, ndcg, score_part
+from training.evaluate import AS_SEARCH_RANKS, MAIN_WAYS, MAXSIM_SHARE, Cascade, Scored, fit_cascade, ndcg, score_part
 from training.lists import Lists, chosen_questions
 from training.loop import Budget, Training
 from training.model import new_student
@@ -31,7 +31,6 @@ Say = Callable[[str], None]
 RESULTS_FILE = "RESULTS.md"
 SHIPPED = "shipped"
 FIXED_LISTS = 96
-MAIN_WAYS = ("equal RRF", "hybrid without rerank", "MaxSim", "cross-encoder", "cascade", "hybrid, 0.8 cascade")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ def install(plan: Plan, outcome: Outcome, *, model: Path, report: Path) -> None:
         DataError: The cascade ranks the tests no better than retrieval does without it.
     """
     tests = [found for name, found in outcome.measured.items() if name in TESTED]
-    gain = sum(found["hybrid, 0.8 cascade"] - found["hybrid without rerank"] for found in tests)
+    gain = sum(found[AS_SEARCH_RANKS] - found["hybrid without rerank"] for found in tests)
     if not tests or gain <= 0:
         raise DataError("the model is not installed: it does not rank the tests better than retrieval alone does")
     shutil.rmtree(model, ignore_errors=True)

@@ -80,7 +80,7 @@ def test_the_first_stage_that_a_model_was_fitted_with(model):
 
 
 def test_the_first_stage_can_be_turned_off_by_a_variable(monkeypatch):
-    """Of the packaged model, too, which has one; an empty variable is as good as none."""
+    """Of the packaged model, too, which has one; an empty variable leaves the default."""
     for given, expected in (("none", ""), ("", "late-interaction/all-MiniLM-L6-v2")):
         monkeypatch.setenv("RERANK_FIRST_STAGE", given)
         assert first_stage(read_settings(RerankSettings, os.environ)) == expected

@@ -20,7 +20,7 @@ from training.calibration import brier, fit_sigmoid, sigmoid
 from training.candidates import Row
 from training.command import main
 from training.data import DataError
-from training.evaluate import Scored, fit_cascade, reciprocal_ranks
+from training.evaluate import AS_SEARCH_RANKS, Scored, fit_cascade, reciprocal_ranks
 from training.loop import Budget
 from training.recipe import FIRST_STAGE, Recipe
 from training.run import Plan, install, run
@@ -139,13 +139,12 @@ def test_a_worse_model_is_not_installed(made, tmp_path):
     model, report = tmp_path / "models" / "reranker", tmp_path / "RESULTS.md"
     for gain in (0.0, -0.1):
         worse = {
-            name: dict.fromkeys(found, 0.5) | {"hybrid, 0.8 cascade": 0.5 + gain}
-            for name, found in outcome.measured.items()
+            name: dict.fromkeys(found, 0.5) | {AS_SEARCH_RANKS: 0.5 + gain} for name, found in outcome.measured.items()
         }
         with pytest.raises(DataError, match="not installed"):
             install(plan, replace(outcome, measured=worse), model=model, report=report)
         assert not model.exists()
-    better = {name: found | {"hybrid, 0.8 cascade": 1.1} for name, found in outcome.measured.items()}
+    better = {name: found | {AS_SEARCH_RANKS: 1.1} for name, found in outcome.measured.items()}
     install(plan, replace(outcome, measured=better), model=model, report=report)
     assert (model / "cascade.json").is_file()
     assert report.read_text() == (plan.out / "RESULTS.md").read_text()

@@ -7,13 +7,11 @@ from math import comb
 import numpy as np
 
 from services.common.standardizing import standardized
-from services.search.settings import SearchSettings
 from tercet.evaluation import measure
 from training.candidates import Floats
-from training.evaluate import Cascade, Scored
+from training.evaluate import BLEND, Cascade, Scored
 
 NDCG = "nDCG@10"
-BLEND = float(SearchSettings.model_fields["rerank_blend"].default)
 _EQUAL = 1e-9
 
 
